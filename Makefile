@@ -1,0 +1,36 @@
+# Needs Python 3.10 to 3.13 and a C++ compiler; everything else goes into .venv. A CUDA toolkit is
+# used where there is one. For the small CPU build of torch, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What the extension and the environment are made from: a change to any of it installs again.
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/demo.stamp  ## train on handwritten digits with and without the entropy penalty
+	$(BIN)/python examples/digits.py
+
+# One BLAS thread in each of two workers: small matrices gain nothing from more.
+test: $(VENV)/test.stamp  ## the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/bench.stamp  ## bench/results/<device>.json; BENCH="--budget 0.1 -k ResNet-18" for less
+	$(BIN)/python -m bench $(BENCH)
+
+lint: $(VENV)/test.stamp  ## style of Python and C++
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+
+$(VENV)/%.stamp: $(INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m ses_kernels
+	touch $@
+
+clean:  ## all that the targets above made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find ses_kernels -name '*.so' -delete

@@ -1,0 +1,147 @@
+// CUDA kernels and their launcher: a matrix a warp up to kMaxNWarp, a matrix a block above. The
+// algorithm is in jacobi.h, which the CPU tests run too.
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <sstream>
+#include <stdexcept>
+
+#include "eigh.h"
+#include "group.h"
+#include "jacobi.h"
+
+namespace ses {
+namespace {
+
+// Without opting in to more, a block has this much shared memory on every device.
+constexpr std::size_t kDefaultSharedBytes = 48 << 10;
+
+template <typename T>
+constexpr int kWarpsPerBlock = 16 / sizeof(T);
+
+static_assert(kWarpsPerBlock<float> * jacobi_shared_bytes(kMaxNWarp, sizeof(float)) <=
+                  kDefaultSharedBytes,
+              "the warp kernel does not opt in");
+static_assert(kWarpsPerBlock<double> * jacobi_shared_bytes(kMaxNWarp, sizeof(double)) <=
+                  kDefaultSharedBytes,
+              "the warp kernel does not opt in");
+static_assert(jacobi_shared_bytes(2, sizeof(float)) % sizeof(double) == 0,
+              "slices of the block's shared memory stay aligned");
+
+constexpr int kMaxThreads = 512;
+
+// A round has about n^2 / 2 rotations of V and n^2 / 8 blocks of A to share out.
+int block_threads(int n) { return n <= 64 ? kMaxThreads / 2 : kMaxThreads; }
+
+extern __shared__ __align__(16) unsigned char shared_bytes[];
+
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarpsPerBlock<T>)
+    eigh_warp(const T* a, T* w, T* v, long batch, int n) {  // [batch, n, n], [batch, n], as a
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const long matrix = static_cast<long>(blockIdx.x) * kWarpsPerBlock<T> + warp;
+  if (matrix >= batch) return;
+  const long size = static_cast<long>(n) * n;
+  T* shared = reinterpret_cast<T*>(shared_bytes + warp * jacobi_shared_bytes(n, sizeof(T)));
+  jacobi::eigh(WarpGroup(), a + matrix * size, w + matrix * n, v + matrix * size, n, shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    eigh_block(const T* a, T* w, T* v, int n) {  // [batch, n, n], [batch, n], as a
+  const long matrix = blockIdx.x, size = static_cast<long>(n) * n;
+  jacobi::eigh(BlockGroup(), a + matrix * size, w + matrix * n, v + matrix * size, n,
+               reinterpret_cast<T*>(shared_bytes));
+}
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a launch error must not surface again in someone else's check
+  std::ostringstream message;
+  message << "eigh_cuda: " << what << ": " << cudaGetErrorString(status) << " ("
+          << cudaGetErrorName(status) << ")";
+  throw std::runtime_error(message.str());
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != previous_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// Also loads both kernels, which a later call under graph capture then need not do.
+template <typename T>
+int query_max_n(int device) {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || device < 0 || device >= count) {
+    cudaGetLastError();
+    return 0;
+  }
+  DeviceGuard guard(device);
+  cudaFuncAttributes warp{}, block{};
+  if (cudaFuncGetAttributes(&warp, eigh_warp<T>) != cudaSuccess ||
+      cudaFuncGetAttributes(&block, eigh_block<T>) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDevAttrMaxSharedMemoryPerBlockOptin");
+  return max_n_for_shared(static_cast<std::size_t>(bytes) - block.sharedSizeBytes, sizeof(T));
+}
+
+template <typename T>
+int cached_max_n(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> cache[kDevices];  // max n + 1; 0 is "not asked yet"
+  if (device < 0 || device >= kDevices) return query_max_n<T>(device);
+  if (cache[device] == 0) cache[device] = query_max_n<T>(device) + 1;
+  return cache[device] - 1;
+}
+
+}  // namespace
+
+int max_n_cuda(int device, std::size_t itemsize) {
+  return itemsize == sizeof(float) ? cached_max_n<float>(device) : cached_max_n<double>(device);
+}
+
+template <typename T>
+void eigh_cuda(const T* a, T* w, T* v, long batch, int n, int device, void* stream) {
+  if (batch == 0) return;
+  DeviceGuard guard(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const std::size_t bytes = jacobi_shared_bytes(n, sizeof(T));
+  if (n <= kMaxNWarp) {
+    constexpr int kWarps = kWarpsPerBlock<T>;
+    const auto blocks = static_cast<unsigned>((batch + kWarps - 1) / kWarps);
+    eigh_warp<T><<<blocks, 32 * kWarps, kWarps * bytes, on>>>(a, w, v, batch, n);
+  } else {
+    if (bytes > kDefaultSharedBytes) {
+      check(cudaFuncSetAttribute(eigh_block<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)),
+            "shared memory for this n");
+    }
+    eigh_block<T><<<static_cast<unsigned>(batch), block_threads(n), bytes, on>>>(a, w, v, n);
+  }
+  std::ostringstream what;
+  what << "launch for batch " << batch << ", n " << n << ", itemsize " << sizeof(T) << " on device "
+       << device;
+  check(cudaPeekAtLastError(), what.str().c_str());
+}
+
+template void eigh_cuda(const float*, float*, float*, long, int, int, void*);
+template void eigh_cuda(const double*, double*, double*, long, int, int, void*);
+
+}  // namespace ses

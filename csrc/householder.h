@@ -1,0 +1,207 @@
+// Householder tridiagonalisation of one pack of matrices, one matrix a lane, and its orthogonal Q.
+//
+// Golub and Van Loan, Matrix Computations (4th ed.), 8.3.1; loops in the order of EISPACK tred2,
+// where the leading block shrinks and the reflectors stay in the rows they annihilate. For the
+// memory system, the rank-2 update of one step and the matrix-vector product of the next are one
+// pass, and so are the update of Q by one reflector and the product with the next.
+//
+// Included inside an ISA namespace, after simd.h.
+
+constexpr int kRotationCap = 512;  // logged rotations before they are applied to Q
+
+// A run of logged rotations of columns (i, i + 1), i = high - 1 down to low.
+struct Sweep {
+  int low, high, first;
+};
+
+// Odd, in cache lines: the rows of a column would else share a few sets of the cache.
+constexpr long row_stride(int n) { return n | 1; }
+
+constexpr int rotation_capacity(int n) { return n > kRotationCap / 4 ? 4 * n : kRotationCap; }
+
+template <typename P>
+struct Workspace {
+  P* z;          // [n, stride] the matrix, then its reflectors, then Q, then the eigenvectors
+  P* d;          // [n] diagonal, then eigenvalues
+  P* e;          // [n] off-diagonal; e[i] couples i and i + 1
+  P* inverse_h;  // [n] 2 / |u|^2 of the reflector in row i, 0 where there is none
+  P* p;          // [2, n] p = A u and the q of the pending rank-2 update, in turn
+  P* rotation;   // [capacity, 2] cosine and sine
+  Sweep* sweep;  // [capacity]
+  long stride;
+
+  P* row(int i) const { return z + i * stride; }
+  static long bytes(int n) {
+    const long packs = n * row_stride(n) + 5L * n + 2L * rotation_capacity(n);
+    return packs * static_cast<long>(sizeof(P)) + rotation_capacity(n) * sizeof(Sweep);
+  }
+  Workspace(void* memory, int n) {
+    z = static_cast<P*>(memory);
+    stride = row_stride(n);
+    d = z + n * stride;
+    e = d + n;
+    inverse_h = e + n;
+    p = inverse_h + n;
+    rotation = p + 2 * n;
+    sweep = reinterpret_cast<Sweep*>(rotation + 2 * rotation_capacity(n));
+  }
+};
+
+// Columns [column, column + kColumns) of the lower triangle of the leading block of size `size`:
+// a -= u q^T + q u^T for the pending reflector, then p += a next.
+template <int kColumns, bool kPending, typename P>
+SES_INLINE void update_and_multiply(P* z, long stride, int size, int column, const P* u, const P* q,
+                                    const P* next, P* p) {
+  P u_column[kColumns], q_column[kColumns], next_column[kColumns], sum[kColumns];
+  for (int c = 0; c < kColumns; ++c) {
+    if (kPending) u_column[c] = u[column + c];
+    if (kPending) q_column[c] = q[column + c];
+    next_column[c] = next[column + c];
+    sum[c] = P::broadcast(0);
+  }
+  for (int r = 0; r < kColumns; ++r) {
+    P* row = z + (column + r) * stride + column;
+    for (int c = 0; c <= r; ++c) {
+      P a = row[c];
+      if (kPending) {
+        a = fnma(u_column[r], q_column[c], a);
+        a = fnma(q_column[r], u_column[c], a);
+        row[c] = a;
+      }
+      sum[c] = fma(a, next_column[r], sum[c]);
+      if (c < r) sum[r] = fma(a, next_column[c], sum[r]);
+    }
+  }
+  for (int k = column + kColumns; k < size; ++k) {
+    P* row = z + k * stride + column;
+    P row_sum = p[k];
+    for (int c = 0; c < kColumns; ++c) {
+      P a = row[c];
+      if (kPending) {
+        a = fnma(u[k], q_column[c], a);
+        a = fnma(q[k], u_column[c], a);
+        row[c] = a;
+      }
+      sum[c] = fma(a, next[k], sum[c]);
+      row_sum = fma(a, next_column[c], row_sum);
+    }
+    p[k] = row_sum;
+  }
+  for (int c = 0; c < kColumns; ++c) p[column + c] = p[column + c] + sum[c];
+}
+
+template <bool kPending, typename P>
+static void update_and_multiply_all(P* z, long stride, int size, const P* u, const P* q,
+                                    const P* next, P* p) {
+  for (int k = 0; k < size; ++k) p[k] = P::broadcast(0);
+  int column = 0;
+  for (; column + 4 <= size; column += 4)
+    update_and_multiply<4, kPending>(z, stride, size, column, u, q, next, p);
+  for (; column < size; ++column)
+    update_and_multiply<1, kPending>(z, stride, size, column, u, q, next, p);
+}
+
+// Leaves d and e of the tridiagonal, and in row i of z the reflector u of step i.
+template <typename P>
+static void tridiagonalise(const Workspace<P>& work, int n) {
+  using T = typename P::Scalar;
+  const P zero = P::broadcast(0);
+  // Below this, squares have lost digits to underflow and would give a reflector that is not
+  // orthogonal. The entries dropped instead are below eps^4 of the norm, which is near 1.
+  const P negligible =
+      P::broadcast(ScalarTraits<T>::kMinNormal / (ScalarTraits<T>::kEps * ScalarTraits<T>::kEps));
+  const P* q = nullptr;
+  for (int i = n - 1; i >= 1; --i) {
+    P* row = work.row(i);
+    const P* u = row + work.stride;
+    if (q != nullptr) {
+      for (int k = 0; k <= i; ++k) row[k] = fnma(q[i], u[k], fnma(u[i], q[k], row[k]));
+    }
+    work.d[i] = row[i];
+    if (i == 1) break;
+    P sigma = zero;
+    for (int k = 0; k < i; ++k) sigma = fma(row[k], row[k], sigma);
+    const P f = row[i - 1];
+    const P g = zero - copysign(sqrt(sigma), f);
+    const P h = fnma(f, g, sigma);
+    const auto skip = sigma < negligible;
+    work.e[i - 1] = select(skip, zero, g);
+    row[i - 1] = f - g;
+    const P inverse_h = select(skip, zero, P::broadcast(1) / h);
+    work.inverse_h[i] = inverse_h;
+
+    P* p = work.p + (i % 2) * n;
+    if (q == nullptr)
+      update_and_multiply_all<false>(work.z, work.stride, i, u, q, row, p);
+    else
+      update_and_multiply_all<true>(work.z, work.stride, i, u, q, row, p);
+    P dot = zero;
+    for (int k = 0; k < i; ++k) {
+      p[k] = p[k] * inverse_h;
+      dot = fma(row[k], p[k], dot);
+    }
+    const P half = P::broadcast(T(0.5)) * inverse_h * dot;
+    for (int k = 0; k < i; ++k) p[k] = fnma(half, row[k], p[k]);
+    q = p;
+  }
+  P* z = work.z;
+  if (q != nullptr) {
+    const P* u = work.row(2);
+    z[0] = fnma(q[0], u[0], fnma(u[0], q[0], z[0]));
+  }
+  work.d[0] = z[0];
+  if (n > 1) work.e[0] = z[work.stride];
+  work.e[n - 1] = zero;
+}
+
+// z[:i, columns] -= u g^T, then g = next^T z.
+template <int kColumns, typename P>
+SES_INLINE void reflect_and_multiply(P* z, long stride, int i, int column, const P* u,
+                                     const P* next, P inverse_h, P* g) {
+  P g_column[kColumns], sum[kColumns];
+  for (int c = 0; c < kColumns; ++c) {
+    g_column[c] = g[column + c] * inverse_h;
+    sum[c] = P::broadcast(0);
+  }
+  for (int k = 0; k < i; ++k) {
+    P* row = z + k * stride + column;
+    for (int c = 0; c < kColumns; ++c) {
+      row[c] = fnma(u[k], g_column[c], row[c]);
+      sum[c] = fma(next[k], row[c], sum[c]);
+    }
+  }
+  for (int c = 0; c < kColumns; ++c) g[column + c] = sum[c];
+}
+
+// Replaces the reflectors in z by the orthogonal Q with A = Q T Q^T.
+template <typename P>
+static void accumulate(const Workspace<P>& work, int n) {
+  const P zero = P::broadcast(0), one = P::broadcast(1);
+  P* z = work.z;
+  P* g = work.p;
+  z[0] = one;
+  if (n == 1) return;
+  z[1] = zero;
+  work.row(1)[0] = zero;
+  work.row(1)[1] = one;
+  if (n > 2) {
+    g[0] = work.row(2)[0];
+    g[1] = work.row(2)[1];
+  }
+  for (int i = 2; i < n; ++i) {
+    P* u = work.row(i);
+    // The last step has no next reflector: its own stands in, and the product goes unused.
+    const P* next = i + 1 < n ? u + work.stride : u;
+    int column = 0;
+    for (; column + 4 <= i; column += 4)
+      reflect_and_multiply<4>(z, work.stride, i, column, u, next, work.inverse_h[i], g);
+    for (; column < i; ++column)
+      reflect_and_multiply<1>(z, work.stride, i, column, u, next, work.inverse_h[i], g);
+    g[i] = next[i];
+    for (int k = 0; k < i; ++k) {
+      u[k] = zero;
+      work.row(k)[i] = zero;
+    }
+    u[i] = one;
+  }
+}

@@ -1,0 +1,238 @@
+// Symmetric eigendecomposition by parallel cyclic Jacobi: two-sided rotations, one group of threads
+// a matrix, everything in memory the group shares.
+//
+// Golub and Van Loan, Matrix Computations (4th ed.), 8.5; the pairs of a round are disjoint, in the
+// round-robin order of Brent and Luk (SIAM J. Sci. Stat. Comput. 6, 1985), so that a sweep is
+// (players - 1) rounds of players / 2 rotations at once. An odd n gets one virtual player whose row
+// and column are zero and hence never rotated.
+//
+// Each 2 x 2 block of a round is the work of one thread and reads nothing another writes: the
+// digits do not depend on the number of threads.
+#pragma once
+
+#include <math.h>
+
+#include "eigh.h"
+#include "group.h"
+
+namespace ses {
+namespace jacobi {
+
+// Quadratic convergence takes 6 to 10 sweeps; a matrix that needs more than this gets NaN.
+constexpr int kMaxSweeps = 30;
+
+SES_HOST_DEVICE inline float square_root(float x) { return sqrtf(x); }
+SES_HOST_DEVICE inline double square_root(double x) { return sqrt(x); }
+SES_HOST_DEVICE inline float magnitude(float x) { return fabsf(x); }
+SES_HOST_DEVICE inline double magnitude(double x) { return fabs(x); }
+SES_HOST_DEVICE inline int exponent_of(float x) { return ilogbf(x); }
+SES_HOST_DEVICE inline int exponent_of(double x) { return ilogb(x); }
+SES_HOST_DEVICE inline float times_power_of_two(float x, int k) { return scalbnf(x, k); }
+SES_HOST_DEVICE inline double times_power_of_two(double x, int k) { return scalbn(x, k); }
+
+template <typename T>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float kEps = 1.1920929e-7f;
+  static constexpr float kMax = 3.4028235e38f;
+};
+template <>
+struct Limits<double> {
+  static constexpr double kEps = 2.220446049250313e-16;
+  static constexpr double kMax = 1.7976931348623157e308;
+};
+
+struct Pair {
+  int p, q;  // p < q
+};
+
+// Pair k of a round: the last player stays, the others turn around the table.
+SES_HOST_DEVICE inline Pair tournament(int round, int k, int players) {
+  const int seats = players - 1;
+  if (k == 0) return {round, seats};
+  const int x = round + k < seats ? round + k : round + k - seats;
+  const int y = round - k >= 0 ? round - k : round - k + seats;
+  return x < y ? Pair{x, y} : Pair{y, x};
+}
+
+// The (outer, inner) of a flat index that steps by the size of the group, without dividing again.
+struct FlatIndex {
+  int outer, inner, outer_step, inner_step, extent;
+
+  SES_HOST_DEVICE FlatIndex(int first, int step, int inner_extent)
+      : outer(first / inner_extent),
+        inner(first % inner_extent),
+        outer_step(step / inner_extent),
+        inner_step(step % inner_extent),
+        extent(inner_extent) {}
+  SES_HOST_DEVICE void next() {
+    outer += outer_step;
+    inner += inner_step;
+    if (inner >= extent) {
+      inner -= extent;
+      ++outer;
+    }
+  }
+};
+
+// Chooses the rotation that annihilates a[p, q], applies it to the diagonal, and reports whether
+// there was anything to annihilate.
+template <typename T>
+SES_HOST_DEVICE bool make_rotation(T* a, int players, Pair pair, T* rotation) {
+  T* pp = a + pair.p * players + pair.p;
+  T* qq = a + pair.q * players + pair.q;
+  T* pq = a + pair.p * players + pair.q;
+  const T apq = *pq, size = magnitude(apq);
+  // Relative to the pair's own diagonal, so that a graded matrix keeps its small eigenvalues; and
+  // to the norm, which is near 1, so that a singular one converges.
+  const T eps = Limits<T>::kEps;
+  if (size <= eps / 4 || size * size <= (eps * eps) * magnitude(*pp) * magnitude(*qq)) {
+    rotation[0] = T(1);
+    rotation[1] = T(0);
+    return false;
+  }
+  // The smaller of the two angles: t = tan, |t| <= 1.
+  const T theta = (*qq - *pp) / (2 * apq);
+  const T root = magnitude(theta) + square_root(1 + theta * theta);
+  const T t = (theta < 0 ? T(-1) : T(1)) / root;
+  const T cosine = 1 / square_root(1 + t * t);
+  rotation[0] = cosine;
+  rotation[1] = t * cosine;
+  *pp -= t * apq;
+  *qq += t * apq;
+  *pq = T(0);
+  a[pair.q * players + pair.p] = T(0);
+  return true;
+}
+
+// a' = J_k^T a J_l for the 2 x 2 block where the rows of pair k meet the columns of pair l, and its
+// mirror image.
+template <typename T>
+SES_HOST_DEVICE void rotate_block(T* a, int players, Pair k, Pair l, const T* rotation_k,
+                                  const T* rotation_l) {
+  const T ck = rotation_k[0], sk = rotation_k[1], cl = rotation_l[0], sl = rotation_l[1];
+  if (sk == 0 && sl == 0) return;
+  const T pp = a[k.p * players + l.p], pq = a[k.p * players + l.q];
+  const T qp = a[k.q * players + l.p], qq = a[k.q * players + l.q];
+  const T row_pp = ck * pp - sk * qp, row_pq = ck * pq - sk * qq;
+  const T row_qp = sk * pp + ck * qp, row_qq = sk * pq + ck * qq;
+  const T new_pp = cl * row_pp - sl * row_pq, new_pq = sl * row_pp + cl * row_pq;
+  const T new_qp = cl * row_qp - sl * row_qq, new_qq = sl * row_qp + cl * row_qq;
+  a[k.p * players + l.p] = a[l.p * players + k.p] = new_pp;
+  a[k.p * players + l.q] = a[l.q * players + k.p] = new_pq;
+  a[k.q * players + l.p] = a[l.p * players + k.q] = new_qp;
+  a[k.q * players + l.q] = a[l.q * players + k.q] = new_qq;
+}
+
+// Copies the lower triangle, scaled by a power of two so that squares stay in range, and sets v to
+// the identity. Returns whether all was finite; *exponent is that of the largest entry.
+template <typename T, typename Group>
+SES_HOST_DEVICE bool load(const Group& group, const T* input, int n, int players, T* a, T* v,
+                          T* scratch, int* exponent) {
+  const int rank = group.thread_rank(), threads = group.num_threads();
+  for (FlatIndex at(rank, threads, players); at.outer < players; at.next()) {
+    const int i = at.outer, j = at.inner;
+    v[i * players + j] = T(i == j);
+    if (j > i) continue;
+    const T x = i < n ? input[static_cast<size_t>(i) * n + j] : T(0);
+    a[i * players + j] = x;
+    a[j * players + i] = x;
+  }
+  group.sync();
+  for (int j = rank; j < players; j += threads) {
+    T largest = 0;
+    for (int i = 0; i < players; ++i) {
+      const T x = magnitude(a[i * players + j]);
+      largest = x > largest || x != x ? x : largest;  // a NaN stays: nothing is above it
+    }
+    scratch[j] = largest;
+  }
+  group.sync();
+  T largest = 0;
+  for (int j = 0; j < players; ++j) {
+    const T x = scratch[j];
+    largest = x > largest || x != x ? x : largest;
+  }
+  if (!(largest <= Limits<T>::kMax)) return false;
+  *exponent = largest > 0 ? exponent_of(largest) : 0;
+  for (int i = rank; i < players * players; i += threads)
+    a[i] = times_power_of_two(a[i], -*exponent);
+  group.sync();
+  return true;
+}
+
+// Rotates until a sweep finds nothing to annihilate; false if that never happens.
+template <typename T, typename Group>
+SES_HOST_DEVICE bool diagonalise(const Group& group, int n, int players, T* a, T* v, T* rotations) {
+  const int rank = group.thread_rank(), threads = group.num_threads();
+  const int pairs = players / 2;
+  // Blocks (k, k + 1), (k, k + 2), ... around the circle: each unordered pair of pairs once.
+  const int blocks = pairs * (pairs - 1) / 2;
+  const FlatIndex start(rank, threads, pairs);
+  for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+    bool rotated = false;
+    for (int round = 0; round < players - 1; ++round) {
+      bool mine = false;
+      for (int k = rank; k < pairs; k += threads)
+        mine |= make_rotation(a, players, tournament(round, k, players), rotations + 2 * k);
+      if (!group.any(mine)) continue;
+      rotated = true;
+      FlatIndex at = start;
+      for (int i = rank; i < blocks; i += threads, at.next()) {
+        const int k = at.inner, next = k + 1 + at.outer, l = next < pairs ? next : next - pairs;
+        rotate_block(a, players, tournament(round, k, players), tournament(round, l, players),
+                     rotations + 2 * k, rotations + 2 * l);
+      }
+      for (at = start; at.outer < n; at.next()) {
+        const T cosine = rotations[2 * at.inner], sine = rotations[2 * at.inner + 1];
+        if (sine == 0) continue;
+        const Pair pair = tournament(round, at.inner, players);
+        T* row = v + at.outer * players;
+        const T x = row[pair.p], y = row[pair.q];
+        row[pair.p] = cosine * x - sine * y;
+        row[pair.q] = sine * x + cosine * y;
+      }
+      group.sync();
+    }
+    if (!rotated) return true;
+  }
+  return false;
+}
+
+// One matrix. `shared` is jacobi_shared_bytes(n, sizeof(T)) of memory the whole group sees.
+template <typename T, typename Group>
+SES_HOST_DEVICE void eigh(const Group& group, const T* input, T* w, T* output, int n, T* shared) {
+  static_assert(sizeof(int) <= sizeof(T), "the order of the columns shares the scratch row");
+  const int rank = group.thread_rank(), threads = group.num_threads();
+  const int players = jacobi_players(n);
+  T* a = shared;                       // [players, players]
+  T* v = a + players * players;        // [players, players]
+  T* scratch = v + players * players;  // [players]: column maxima, then rotations, then the order
+  int exponent = 0;
+  const bool solved = load(group, input, n, players, a, v, scratch, &exponent) &&
+                      diagonalise(group, n, players, a, v, scratch);
+  if (!solved) {
+    for (int i = rank; i < n * n; i += threads) output[i] = static_cast<T>(NAN);
+    for (int i = rank; i < n; i += threads) w[i] = static_cast<T>(NAN);
+    return;
+  }
+  // Every thread ranks its own eigenvalues by counting: no exchange, and ties keep their order.
+  int* order = reinterpret_cast<int*>(scratch);  // [n]
+  for (int j = rank; j < n; j += threads) {
+    const T value = a[j * players + j];
+    int position = 0;
+    for (int i = 0; i < n; ++i) {
+      const T other = a[i * players + i];
+      position += other < value || (other == value && i < j);
+    }
+    w[position] = times_power_of_two(value, exponent);
+    order[position] = j;
+  }
+  group.sync();
+  for (FlatIndex at(rank, threads, n); at.outer < n; at.next())
+    output[at.outer * n + at.inner] = v[at.inner * players + order[at.outer]];
+}
+
+}  // namespace jacobi
+}  // namespace ses

@@ -1,0 +1,187 @@
+// A pack of SIMD registers whose lanes are the matrices of a batch.
+//
+// Every operation is elementwise, and a * b + c is fused only where fma() says so (the build turns
+// contraction off): a lane then computes the same digits whatever the width of the pack, whatever
+// its neighbours hold, and on every x86 with FMA.
+//
+// Included inside an ISA namespace (see eigh_cpu.cpp), so it opens none and includes nothing.
+
+template <typename T>
+struct ScalarTraits;
+
+template <>
+struct ScalarTraits<float> {
+  using Int = int;
+  static constexpr Int kSignBit = static_cast<Int>(0x80000000u);
+  static constexpr Int kInfBits = 0x7f800000;
+  static constexpr int kMantissaBits = 23;
+  static constexpr int kExponentBias = 127;
+  static constexpr float kEps = __FLT_EPSILON__;
+  static constexpr float kMinNormal = __FLT_MIN__;
+  static constexpr float kNaN = __builtin_nanf("");
+};
+
+template <>
+struct ScalarTraits<double> {
+  using Int = long long;
+  static constexpr Int kSignBit = static_cast<Int>(0x8000000000000000u);
+  static constexpr Int kInfBits = 0x7ff0000000000000;
+  static constexpr int kMantissaBits = 52;
+  static constexpr int kExponentBias = 1023;
+  static constexpr double kEps = __DBL_EPSILON__;
+  static constexpr double kMinNormal = __DBL_MIN__;
+  static constexpr double kNaN = __builtin_nan("");
+};
+
+#define SES_INLINE static inline __attribute__((always_inline))
+
+template <typename T, int kBytes>
+struct Register {
+  typedef T Vec __attribute__((vector_size(kBytes)));
+  typedef typename ScalarTraits<T>::Int Int __attribute__((vector_size(kBytes)));
+};
+
+// GCC's vector types have neither fma nor sqrt: one overload for each register the ISA has, and a
+// loop for those it has not.
+template <typename V>
+SES_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+SES_INLINE float sqrt(float a) { return __builtin_sqrtf(a); }
+SES_INLINE double sqrt(double a) { return __builtin_sqrt(a); }
+
+template <typename V>
+SES_INLINE V sqrt(V a) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) a[i] = sqrt(a[i]);
+  return a;
+}
+
+#if defined(__SSE2__)
+SES_INLINE __m128 sqrt(__m128 a) { return _mm_sqrt_ps(a); }
+SES_INLINE __m128d sqrt(__m128d a) { return _mm_sqrt_pd(a); }
+#endif
+#if defined(__FMA__)
+SES_INLINE __m128 fma(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
+SES_INLINE __m128d fma(__m128d a, __m128d b, __m128d c) { return _mm_fmadd_pd(a, b, c); }
+SES_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+SES_INLINE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+SES_INLINE __m256 sqrt(__m256 a) { return _mm256_sqrt_ps(a); }
+SES_INLINE __m256d sqrt(__m256d a) { return _mm256_sqrt_pd(a); }
+#endif
+#if defined(__AVX512F__)
+SES_INLINE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+SES_INLINE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+SES_INLINE __m512 sqrt(__m512 a) { return _mm512_maskz_sqrt_ps(0xffff, a); }
+SES_INLINE __m512d sqrt(__m512d a) { return _mm512_maskz_sqrt_pd(0xff, a); }
+#endif
+
+// kUnroll registers side by side: independent chains hide the latency of sqrt and division, which
+// is what small matrices wait for.
+template <typename T, int kBytes, int kUnroll>
+struct Pack {
+  using Scalar = T;
+  using Vec = typename Register<T, kBytes>::Vec;
+  using Int = typename Register<T, kBytes>::Int;
+  static constexpr int kLanes = kUnroll * kBytes / static_cast<int>(sizeof(T));
+  struct Mask {
+    Int r[kUnroll];
+  };
+  Vec r[kUnroll];
+
+  SES_INLINE Pack broadcast(T x) {
+    Pack y;
+    for (int i = 0; i < kUnroll; ++i) y.r[i] = Vec{} + x;
+    return y;
+  }
+  SES_INLINE bool any(Mask m) {
+    Int all = m.r[0];
+    for (int i = 1; i < kUnroll; ++i) all |= m.r[i];
+    typename ScalarTraits<T>::Int bits = 0;
+    for (int i = 0; i < kLanes / kUnroll; ++i) bits |= all[i];
+    return bits != 0;
+  }
+};
+
+#define SES_PACK template <typename T, int B, int U>
+#define SES_EACH for (int i = 0; i < U; ++i)
+
+#define SES_ARITHMETIC(op)                                                                        \
+  SES_PACK SES_INLINE Pack<T, B, U> operator op(const Pack<T, B, U>& a, const Pack<T, B, U>& b) { \
+    Pack<T, B, U> y;                                                                              \
+    SES_EACH y.r[i] = a.r[i] op b.r[i];                                                           \
+    return y;                                                                                     \
+  }
+SES_ARITHMETIC(+)
+SES_ARITHMETIC(-)
+SES_ARITHMETIC(*)
+SES_ARITHMETIC(/)
+#undef SES_ARITHMETIC
+
+#define SES_COMPARE(op)                                                                  \
+  SES_PACK SES_INLINE typename Pack<T, B, U>::Mask operator op(const Pack<T, B, U>& a,   \
+                                                               const Pack<T, B, U>& b) { \
+    typename Pack<T, B, U>::Mask m;                                                      \
+    SES_EACH m.r[i] = a.r[i] op b.r[i];                                                  \
+    return m;                                                                            \
+  }
+SES_COMPARE(<)
+SES_COMPARE(<=)
+SES_COMPARE(==)
+SES_COMPARE(!=)
+#undef SES_COMPARE
+
+// A Mask is a nested type and cannot be deduced: the pack it came from is named.
+template <typename P>
+SES_INLINE typename P::Mask both(typename P::Mask a, typename P::Mask b) {
+  for (auto i = 0u; i < sizeof(a.r) / sizeof(a.r[0]); ++i) a.r[i] &= b.r[i];
+  return a;
+}
+
+SES_PACK SES_INLINE Pack<T, B, U> select(const typename Pack<T, B, U>::Mask& m,
+                                         const Pack<T, B, U>& a, const Pack<T, B, U>& b) {
+  Pack<T, B, U> y;
+  SES_EACH y.r[i] = m.r[i] ? a.r[i] : b.r[i];
+  return y;
+}
+
+// a * b + c
+SES_PACK SES_INLINE Pack<T, B, U> fma(const Pack<T, B, U>& a, const Pack<T, B, U>& b,
+                                      const Pack<T, B, U>& c) {
+  Pack<T, B, U> y;
+  SES_EACH y.r[i] = fma(a.r[i], b.r[i], c.r[i]);
+  return y;
+}
+
+// c - a * b
+SES_PACK SES_INLINE Pack<T, B, U> fnma(const Pack<T, B, U>& a, const Pack<T, B, U>& b,
+                                       const Pack<T, B, U>& c) {
+  Pack<T, B, U> y;
+  SES_EACH y.r[i] = fma(-a.r[i], b.r[i], c.r[i]);
+  return y;
+}
+
+SES_PACK SES_INLINE Pack<T, B, U> sqrt(const Pack<T, B, U>& a) {
+  Pack<T, B, U> y;
+  SES_EACH y.r[i] = sqrt(a.r[i]);
+  return y;
+}
+
+SES_PACK SES_INLINE Pack<T, B, U> abs(const Pack<T, B, U>& a) {
+  using P = Pack<T, B, U>;
+  P y;
+  SES_EACH y.r[i] = (typename P::Vec)((typename P::Int)a.r[i] & ~ScalarTraits<T>::kSignBit);
+  return y;
+}
+
+// |a| with the sign of b
+SES_PACK SES_INLINE Pack<T, B, U> copysign(const Pack<T, B, U>& a, const Pack<T, B, U>& b) {
+  using P = Pack<T, B, U>;
+  P y;
+  SES_EACH y.r[i] = (typename P::Vec)(((typename P::Int)a.r[i] & ~ScalarTraits<T>::kSignBit) |
+                                      ((typename P::Int)b.r[i] & ScalarTraits<T>::kSignBit));
+  return y;
+}
+
+#undef SES_EACH
+#undef SES_PACK

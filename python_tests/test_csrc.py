@@ -1,0 +1,172 @@
+"""The C++ and CUDA sources on their own: sanitizers, SIMD widths, and a compile for every GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+DRIVERS = ROOT / "python_tests" / "csrc"
+SOURCES = sorted(CSRC.iterdir())
+CUDA_ARCHS = ("75", "80", "86", "89", "90", "100")
+
+FLAGS = [
+    "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-ffp-contract=off",
+    "-fno-math-errno", "-pthread",
+]  # fmt: skip
+SANITIZERS = {
+    # Without the checks of every pointer, which multiply the compile time by ten: AddressSanitizer
+    # looks at the accesses themselves.
+    "address": "-fsanitize=address,undefined -fno-sanitize=null,object-size,alignment "
+    "-fno-sanitize-recover=all",
+    "thread": "-fsanitize=thread",
+}
+X86_FLAGS = {
+    "avx2": "-mavx2 -mfma",
+    "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma",
+}
+
+
+def run(*command, **options):
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, **options
+    )
+
+
+def compile_cpp(*arguments):
+    """g++ with the include paths; skips without a compiler."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    result = run("g++", *FLAGS, f"-I{CSRC}", f"-I{DRIVERS}", *arguments)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def compile_isa(isa, tmp_path, *flags):
+    """The sources that are compiled once for each instruction set, for this one."""
+    objects = []
+    for source in ("eigh_cpu", "standardize"):
+        objects.append(tmp_path / f"{source}_{isa}.o")
+        define = ("-DSES_X86",) if isa != "portable" else ()
+        compile_cpp(
+            f"-DSES_ISA={isa}", *define, *flags, "-c", CSRC / f"{source}.cpp", "-o", objects[-1]
+        )
+    return objects
+
+
+def sanitizer_flags(name, tmp_path):
+    """The flags; skips where the compiler has no runtime library for them."""
+    flags = SANITIZERS[name].split()
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    built = run("g++", *flags, probe, "-o", tmp_path / "probe") if shutil.which("g++") else None
+    if built is None or built.returncode or run(tmp_path / "probe").returncode:
+        pytest.skip(f"g++ -fsanitize={name} does not build or run a program here")
+    return flags
+
+
+def run_driver(program):
+    result = run(program, timeout=300)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_jacobi_has_the_same_bits_on_any_number_of_threads(sanitizer, tmp_path):
+    flags = sanitizer_flags(sanitizer, tmp_path)
+    compile_cpp(*flags, DRIVERS / "jacobi_host.cpp", "-o", tmp_path / "driver")
+    run_driver(tmp_path / "driver")
+
+
+def test_thread_sanitizer_finds_a_missing_barrier(tmp_path):
+    flags = sanitizer_flags("thread", tmp_path)
+    compile_cpp(*flags, "-DSES_DROP_SYNC", DRIVERS / "jacobi_host.cpp", "-o", tmp_path / "driver")
+    options = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    result = run(tmp_path / "driver", timeout=300, env=options)
+    assert result.returncode != 0
+    assert "data race" in result.stderr
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_eigh_cpu_under_sanitizers(sanitizer, tmp_path):
+    # The portable build only: the others are the same templates on wider registers.
+    flags = sanitizer_flags(sanitizer, tmp_path)
+    objects = compile_isa("portable", tmp_path, *flags)
+    objects.append(tmp_path / "dispatch.o")
+    compile_cpp(*flags, "-c", CSRC / "cpu_dispatch.cpp", "-o", objects[-1])
+    for driver, said in (("eigh_cpu", "portable"), ("standardize", "standardize is right")):
+        program = tmp_path / driver
+        compile_cpp(*flags, DRIVERS / f"{driver}_host.cpp", *objects, "-o", program)
+        assert run_driver(program).strip() == said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set")
+def test_instruction_sets_agree_and_stay_apart(tmp_path):
+    objects = []
+    for isa, flags in {"portable": "", **X86_FLAGS}.items():
+        built = compile_isa(isa, tmp_path, *flags.split())
+        objects += built
+        # An inline function shared between builds would be linked once, perhaps for AVX-512.
+        for unit in built:
+            symbols = run("nm", "--defined-only", "--extern-only", "-C", unit).stdout
+            functions = re.findall(r"^\S+ [TWVu] (.*)$", symbols, re.M)
+            assert functions
+            assert all(f"ses::{isa}::" in function for function in functions), symbols
+    objects.append(tmp_path / "dispatch.o")
+    compile_cpp("-DSES_X86", "-c", CSRC / "cpu_dispatch.cpp", "-o", objects[-1])
+    for driver in ("eigh_cpu", "standardize"):
+        compile_cpp("-DSES_X86", DRIVERS / f"{driver}_host.cpp", *objects, "-o", tmp_path / driver)
+        assert run_driver(tmp_path / driver).strip()
+
+
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)
+def test_cuda_compiles_for_every_gpu_without_spills(source, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    known = run(nvcc, "--list-gpu-code").stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
+    result = run(
+        nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra",
+        "-Xptxas", "-v", "--threads", "2",
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
+        "-c", source, "-o", tmp_path / "out.o",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    entries = re.findall(
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+        result.stdout + result.stderr,
+        re.S,
+    )
+    names = run("c++filt", "-p", *(entry[0] for entry in entries)).stdout.splitlines()
+    for name, (_, arch, stack, stores, loads, registers, shared) in zip(
+        names, entries, strict=True
+    ):
+        print(
+            f"{name:40} sm_{arch:3} {registers:>3} registers, {shared or 0} bytes static shared, "
+            f"{stack} stack, {stores} + {loads} spilled"
+        )
+    assert {entry[1] for entry in entries} == set(archs)
+    assert all(stack == stores == loads == "0" for _, _, stack, stores, loads, *_ in entries)
+
+
+def test_no_torch_header():
+    for path in SOURCES:
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path.name
+
+
+def test_limits_are_typed_once():
+    texts = {path: path.read_text() for path in [*SOURCES, *(ROOT / "ses_kernels").rglob("*.py")]}
+    names = {name for text in texts.values() for name in re.findall(r"\bkMaxN[A-Za-z]*", text)}
+    assert names
+    for name in names:
+        typed = [path.name for path, text in texts.items() if re.search(rf"\b{name}\s*=[^=]", text)]
+        assert typed == ["eigh.h"], name

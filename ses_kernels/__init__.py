@@ -1,0 +1,7 @@
+"""The spectrum of activations inside a training loop: entropy, effective rank, batched eigh."""
+
+from ses_kernels import linalg, reference
+from ses_kernels.functional import effective_rank, spectral_entropies, spectral_entropy
+
+__version__ = "0.1.0"
+__all__ = ["effective_rank", "linalg", "reference", "spectral_entropies", "spectral_entropy"]

@@ -1,0 +1,275 @@
+"""SpectralEntropyFunction: Gram matrix -> solver -> entropy, and its closed-form derivatives.
+
+With K the n x n Gram matrix of the centred x on its smaller side and M = dH/dK:
+
+    side "samples"  (B <= d):  K = Xc Xc^T,  dH/dx = 2 M Xc
+    side "features" (B > d):   K = Xc^T Xc,  dH/dx = 2 Xc M
+
+One text for every device: ops.py picks the kernels. The arithmetic runs on Xs = s Xc, s a power of
+two that keeps squares in range; H does not depend on s, and M(K) = s^2 M(s^2 K).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ses_kernels import distributed, entropy, ops, solvers
+
+
+class Options(NamedTuple):
+    center: bool
+    power: float
+    order: float
+    solver: str
+    backend: str
+    group: torch.distributed.ProcessGroup | None
+
+
+def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l, d_l) -> L x (b_l,)
+    if torch.compiler.is_dynamo_compiling():  # Dynamo refuses a Function that defines jvp
+        return SpectralEntropyFunction.apply(options, *xs)[: len(xs)]
+    return ForwardModeFunction.apply(options, *xs)[: len(xs)]
+
+
+def _without_autocast(method):
+    """Autocast would turn the float32 products below into half precision."""
+
+    @functools.wraps(method)
+    def inner(*args):
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return method(*args)
+        with torch.autocast(device, enabled=False):
+            return method(*args)
+
+    return inner
+
+
+class SpectralEntropyFunction(torch.autograd.Function):
+    """(options, x_1 .. x_L) -> (H_1 .. H_L, then M, location and scale of each, for backward)."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(options, *xs):  # L x (b, B, d)
+        located = [_locate(x, options) for x in xs]
+        entropies, ms = zip(*_solve_by_size(xs, located, options), strict=True)
+        ms = [
+            _double_center(m) if options.center and _side(x, options) == "samples" else m
+            for m, x in zip(ms, xs, strict=True)
+        ]
+        entropies = [h.to(_result_dtype(x)) for h, x in zip(entropies, xs, strict=True)]
+        locations, scales = zip(*located, strict=True)
+        return (*entropies, *ms, *locations, *scales)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        options, *xs = inputs
+        layers = len(xs)
+        saved = output[layers:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.options = options
+        ctx.save_for_backward(*xs, *saved)
+        ctx.save_for_forward(*xs, *saved)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes what it unpacks
+        layers = len(saved) // 4
+        # Grad mode is on in backward where the gradient is to be differentiated again.
+        gradient = SpectralEntropyBackward.apply if torch.is_grad_enabled() else _gradient
+        return None, *(
+            gradient(ctx.options, grads[i], *saved[i::layers])
+            if ctx.needs_input_grad[1 + i]
+            else None
+            for i in range(layers)
+        )
+
+
+class ForwardModeFunction(SpectralEntropyFunction):
+    """The same with forward-mode derivatives."""
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        saved = ctx.saved_tensors
+        layers = len(tangents)
+        outs = []
+        for i, tangent in enumerate(tangents):
+            x, m, location, scale = saved[i::layers]
+            if tangent is None:
+                tangent = torch.zeros_like(x)
+            # dH = <dH/dx, dx>
+            gradient = _gradient(ctx.options, torch.ones_like(scale), x, m, location, scale)
+            outs.append((gradient.to(scale.dtype) * tangent).sum((-2, -1)).to(_result_dtype(x)))
+        return *outs, *[None] * (3 * layers)
+
+    @staticmethod
+    def vmap(info, in_dims, options, *xs):
+        flat = _fold_batch(info.batch_size, in_dims[1:], xs)
+        outs = ForwardModeFunction.apply(options, *flat)
+        return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outs), (0,) * len(outs)
+
+
+class SpectralEntropyBackward(torch.autograd.Function):
+    """(options, g, x, M, location, scale) -> g dH/dx; differentiable once more in g and x."""
+
+    @staticmethod
+    def forward(options, g, x, m, location, scale):  # (b,), (b, B, d), (b, n, n), (b, 2, d), (b,)
+        return _gradient(options, g, x, m, location, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v):
+        if ctx.options.group is not None:
+            raise RuntimeError(
+                "spectral_entropy(group=...) is once differentiable: its second derivative would "
+                "need the other ranks; use group=None for that of a rank's own batch"
+            )
+        g, x, m, location, scale = ctx.saved_tensors
+        unit = _gradient(ctx.options, torch.ones_like(g), x, m, location, scale)
+        # d<v, g dH/dx> = <v, dH/dx> dg + g <(d2H/dx2) v, dx>
+        dg = (v.to(g.dtype) * unit.to(g.dtype)).sum((-2, -1))
+        dx = g[:, None, None] * _hessian_product(ctx.options, v, x, m, location, scale)
+        return None, dg, dx.to(x.dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx, _, dg, dx, *constants):
+        g, x, m, location, scale = ctx.saved_tensors
+        out = torch.zeros_like(x)
+        if dg is not None:
+            out = out + dg[:, None, None] * _gradient(
+                ctx.options, torch.ones_like(g), x, m, location, scale
+            )
+        if dx is not None:
+            out = out + g[:, None, None] * _hessian_product(ctx.options, dx, x, m, location, scale)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def vmap(info, in_dims, options, *tensors):
+        flat = _fold_batch(info.batch_size, in_dims[1:], tensors)
+        out = SpectralEntropyBackward.apply(options, *flat)
+        return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _fold_batch(size, in_dims, tensors):
+    """Make vmap's axis part of the leading one: (v, b, ...) -> (v b, ...)."""
+    moved = (
+        t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(tensors, in_dims, strict=True)
+    )
+    return [t.flatten(0, 1) for t in moved]
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _side(x: Tensor, options: Options) -> str:
+    """Samples are gathered where they are the smaller side, so a shard has the other one."""
+    return "features" if options.group is not None or x.shape[1] > x.shape[2] else "samples"
+
+
+def _locate(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Location (b, 2, d): first row and mean offset from it, (b, 0, d) if uncentred; scale (b,)."""
+    double = x.dtype == torch.float64 or solvers.small_values_matter(options.power, options.order)
+    dtype = torch.float64 if double else torch.float32
+    anchor = x[:, :1] if options.center else x[:, :0]
+    if options.group is not None:
+        return distributed.location_scale(x, anchor, dtype, options.backend, options.group)
+    return ops.location_scale(x, anchor, dtype, options.backend)
+
+
+def _gram(x: Tensor, location: Tensor, scale: Tensor, options: Options) -> Tensor:  # -> (b, n, n)
+    gram = ops.gram(x, location, scale, _side(x, options), options.backend)
+    if options.group is not None:
+        torch.distributed.all_reduce(gram, group=options.group)
+    return gram
+
+
+def _double_center(m: Tensor) -> Tensor:  # (b, n, n)
+    """J M J, J = I - 11^T / n: 1 is in the null space of K, where M is the log of rounding."""
+    row = m.mean(-1)
+    row -= row.mean(-1, keepdim=True) / 2
+    return m.sub_(row[:, :, None]).sub_(row[:, None, :])  # m is this call's own
+
+
+def _solve_by_size(xs, located, options):
+    """[(H, M)] of each layer, one solver call for all layers of equal n and dtype."""
+    solved: list = [None] * len(xs)
+    groups: list[tuple[list[int], list[Tensor]]] = []  # layers and their Gram matrices
+    for i, (x, (location, scale)) in enumerate(zip(xs, located, strict=True)):
+        if solvers.needs_svd(x, options):
+            spectrum = solvers.singular_spectrum(x, location, scale, _side(x, options))
+            solved[i] = solvers.from_spectrum(*spectrum, options.power, options.order)
+            continue
+        gram = _gram(x, location, scale, options)
+        for layers, grams in groups:  # a search, not a dict: n may be symbolic under torch.compile
+            if grams[0].shape[1:] == gram.shape[1:] and grams[0].dtype == gram.dtype:
+                layers.append(i)
+                grams.append(gram)
+                break
+        else:
+            groups.append(([i], [gram]))
+    for layers, grams in groups:
+        if len(layers) == 1:
+            solved[layers[0]] = solvers.solve(grams[0], options)
+            continue
+        sizes = [g.shape[0] for g in grams]
+        h, m = solvers.solve(torch.cat(grams), options)
+        parts = (torch.unsafe_split_with_sizes(t, sizes) for t in (h, m))  # outputs, so no views
+        for i, *part in zip(layers, *parts, strict=True):
+            solved[i] = part
+    return solved
+
+
+@_without_autocast
+def _gradient(options, g, x, m, location, scale) -> Tensor:  # -> (b, B, d) in x's dtype
+    # dH/dx = 2 s M Xs (samples), 2 s Xs M (features)
+    coefficient = 2 * scale * g.to(scale.dtype)
+    side = _side(x, options)
+    return ops.gram_backward(m, x, location, scale, coefficient, side, options.backend)
+
+
+@_without_autocast
+def _hessian_product(options, v, x, m, location, scale) -> Tensor:  # v (b, B, d) -> (b, B, d)
+    """(d2H/dx2) v, the derivative of dH/dx = 2 M(K) Xc along v: 2 DM[dK] Xc + 2 M dXc."""
+    side = _side(x, options)
+    xs = ops.standardize(x, location, scale)
+    vs = v.to(xs.dtype) * scale[:, None, None]
+    if options.center:
+        vs = vs - vs.mean(1, keepdim=True)
+    if side == "features":
+        xs, vs = xs.mT, vs.mT
+    # dK = Vc Xc^T + Xc Vc^T
+    dk = vs @ xs.mT
+    dk = dk + dk.mT
+    if solvers.needs_svd(x, options):
+        w, q, noise = solvers.singular_spectrum(x, location, scale, side)
+    else:
+        w, q, noise = solvers.spectrum(_gram(x, location, scale, options), options)
+    # DM[dK] = Q (Gamma o (Q^T dK Q) + diag(shared)) Q^T, the Daleckii-Krein formula
+    e = q.mT @ dk @ q
+    gamma, shared = entropy.second_derivative(
+        w, e.diagonal(dim1=-2, dim2=-1), options.power, options.order, noise
+    )
+    dm = q @ (gamma * e + torch.diag_embed(shared)) @ q.mT
+    out = 2 * scale[:, None, None] * (dm @ xs + m @ vs)
+    if side == "features":
+        out = out.mT
+    return out - out.mean(1, keepdim=True) if options.center else out
+
+
+# Function.apply binds its arguments to forward's signature; inspecting it costs 40 us.
+for _function in (ForwardModeFunction, SpectralEntropyBackward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)

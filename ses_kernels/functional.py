@@ -1,0 +1,189 @@
+"""The public functions: what may be asked, checked once, then handed to autograd.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ses_kernels import distributed
+from ses_kernels.autograd import Options, apply
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SOLVERS = ("auto", "eigh", "rational")
+_BACKENDS = ("auto", "torch", "fused")
+
+
+def spectral_entropy(
+    x: Tensor,
+    *,
+    center: bool = True,
+    power: float = 2,
+    order: float = 1.0,
+    solver: str = "auto",
+    backend: str = "auto",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:  # (..., B, d) -> (...)
+    r"""Entropy, in nats, of the normalised spectrum of a matrix of B samples and d features.
+
+    With :math:`\sigma_i` the singular values of x (its column means removed if ``center``),
+    :math:`p_i = \sigma_i^{power} / \sum_j \sigma_j^{power}` and :math:`H = -\sum_i p_i \log p_i`,
+    where 0 log 0 = 0. Equivalent to, for the defaults::
+
+        s = torch.linalg.svdvals(x - x.mean(-2, keepdim=True)) ** 2
+        p = s / s.sum(-1, keepdim=True)
+        H = torch.special.entr(p).sum(-1)
+
+    but from the Gram matrix of the smaller side, with a closed-form gradient: no derivative of an
+    eigenvector, so repeated and zero eigenvalues are no special case.
+
+    Args:
+        x: ``(..., B, d)``, float16, bfloat16, float32 or float64, any strides, any device.
+        center: subtract the mean over the B samples.
+        power: p_i is proportional to sigma_i ** power, power > 0. 2: covariance eigenvalues
+            (SES, VNE, Vendi score). 1: singular values (RankMe, weight spectra).
+        order: Renyi order q > 0. 1: Shannon (von Neumann). 2: collision entropy, for power 2
+            without any eigensolver. ``math.inf``: min-entropy, -log max p.
+        solver: ``"eigh"`` the exact spectrum; ``"rational"`` partial fractions of the logarithm,
+            no eigenvectors and no synchronisation (power 2 and order 1 only); ``"auto"`` picks.
+        backend: ``"torch"`` plain PyTorch operations; ``"fused"`` our kernels, an error where they
+            cannot run; ``"auto"`` the kernels where they can.
+        group: a ``torch.distributed`` process group over whose ranks the samples are sharded
+            (shards may be uneven). Each rank gets the entropy H of the global batch and, from
+            backward, the exact dH/dx of its own shard. DDP divides the sum of the ranks' parameter
+            gradients by the world size W, so multiply this term of the loss by W to get the
+            gradient of one process on the joined batch. Collectives: an all-reduce of d x d where d
+            is the smaller side, else an all-gather of the samples (kept for backward); the shard
+            sizes are read on the host. Eager only, once differentiable.
+
+    Returns:
+        ``(...)``, float32 (float64 for float64). No variance (B = 1, equal rows, zeros) gives 0
+        with a gradient of 0. NaN or Inf in a matrix gives NaN for that matrix alone. The gradient
+        has the dtype of x.
+
+    Raises:
+        TypeError: x is not a floating-point tensor of the dtypes above.
+        ValueError: fewer than two axes, an empty axis, or an option outside its range.
+        RuntimeError: ``backend="fused"`` and a kernel that cannot run here.
+
+    Precision: float32 (float64 for float64), whatever autocast says. Where small singular values
+    carry the result (power * min(order, 1) < 2), float32 and half inputs go through a float64 Gram
+    matrix and float64 inputs through ``torch.linalg.svd``, because a Gram matrix squares the
+    condition number. Values are scaled by a power of two first: |x| from 1e-18 to 1e18 is safe.
+
+    Cost: O(B d n + n^3), n = min(B, d), for value and gradient. Saved for backward: x, one n x n
+    matrix, and 2 d + 1 numbers; the forward pass allocates nothing of the size of x. On CUDA
+    ``solver="eigh"`` synchronises the host for n above the extension's limit, where it calls
+    ``torch.linalg.eigh`` (``python -m ses_kernels`` prints the limit); the rest does not.
+
+    Sources: SVD trick and entropy: Roy & Vetterli, "The effective rank" (EUSIPCO 2007); VNE: Kim et
+    al. (CVPR 2023). Gradient of a spectral function: Lewis, Math. Oper. Res. 21 (1996). Second
+    derivative: Daleckii & Krein (1965), see Higham, "Functions of Matrices" (2008), ch. 3.
+    """
+    options = _options(center, power, order, solver, backend, group)
+    (entropy,) = _flat_entropies([x], options)
+    return entropy.reshape(x.shape[:-2])
+
+
+def spectral_entropies(
+    xs: Sequence[Tensor],
+    *,
+    center: bool = True,
+    power: float = 2,
+    order: float = 1.0,
+    solver: str = "auto",
+    backend: str = "auto",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:  # L tensors (B_l, d_l) -> (L,)
+    """Spectral entropies of many layers at once: one solver call for all layers of equal min(B, d).
+
+    Args:
+        xs: L matrices ``(B_l, d_l)`` on one device; B, d and dtype may differ.
+
+    The other options, errors and costs are those of :func:`spectral_entropy`.
+
+    Returns:
+        ``(L,)`` entropies in nats: float32, or float64 if any x is.
+    """
+    xs = list(xs)
+    options = _options(center, power, order, solver, backend, group)
+    if not xs:
+        raise ValueError("spectral_entropies needs at least one matrix, got an empty sequence")
+    for index, x in enumerate(xs):
+        if isinstance(x, Tensor) and x.dim() != 2:
+            raise ValueError(
+                f"spectral_entropies takes one (B, d) matrix a layer, got shape {tuple(x.shape)} "
+                f"at index {index}; use spectral_entropy for a batch of matrices"
+            )
+        if isinstance(x, Tensor) and isinstance(xs[0], Tensor) and x.device != xs[0].device:
+            raise ValueError(
+                f"spectral_entropies takes tensors of one device, got {xs[0].device} at index 0 "
+                f"and {x.device} at index {index}; call it once per device"
+            )
+    entropies = _flat_entropies(xs, options)
+    dtype = torch.float64 if any(h.dtype == torch.float64 for h in entropies) else torch.float32
+    return torch.cat([h.to(dtype) for h in entropies])
+
+
+def effective_rank(
+    x: Tensor,
+    *,
+    center: bool = True,
+    power: float = 2,
+    order: float = 1.0,
+    solver: str = "auto",
+    backend: str = "auto",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:  # (..., B, d) -> (...)
+    """exp of :func:`spectral_entropy`: the number of equal directions with the same entropy.
+
+    ``power=1`` is the effective rank of Roy & Vetterli (2007) and, with ``center=False``, RankMe
+    (Garrido et al., ICML 2023). Options, shapes, errors and cost: :func:`spectral_entropy`.
+    """
+    return spectral_entropy(
+        x, center=center, power=power, order=order, solver=solver, backend=backend, group=group
+    ).exp()
+
+
+def _flat_entropies(xs: list[Tensor], options: Options) -> tuple[Tensor, ...]:
+    """L tensors (..., B, d) -> L tensors (prod(...),)."""
+    for x in xs:
+        _check(x)
+    flat = [x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in xs]
+    if options.group is None:
+        return apply(options, *flat)
+    sharded = [distributed.gather_if_wide(x, options.group) for x in flat]
+    return tuple(apply(options._replace(group=group), x)[0] for x, group in sharded)
+
+
+def _check(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a torch.Tensor of shape (..., B, d), got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"expected float16, bfloat16, float32 or float64, got {x.dtype}; convert with x.float()"
+        )
+    if x.dim() < 2:
+        raise ValueError(f"expected shape (..., B samples, d features), got {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"expected no empty axis in (..., B, d), got shape {tuple(x.shape)}")
+
+
+def _options(center, power, order, solver, backend, group) -> Options:
+    power, order = float(power), float(order)
+    if not (0 < power < math.inf):
+        raise ValueError(f"power must be a positive finite number, got {power}")
+    if not order > 0:
+        raise ValueError(f"order must be positive (math.inf for the min-entropy), got {order}")
+    if solver not in _SOLVERS:
+        raise ValueError(f"solver must be one of {_SOLVERS}, got {solver!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}")
+    if solver == "rational" and (power, order) != (2.0, 1.0):
+        raise ValueError(
+            f'solver="rational" approximates the logarithm and needs power=2 and order=1, got '
+            f'power={power} and order={order}; use solver="eigh"'
+        )
+    return Options(bool(center), power, order, solver, backend, group)

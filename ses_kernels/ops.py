@@ -1,0 +1,355 @@
+"""The table of operations: schema, fake, torch row and kernel rows of each; picks the backend.
+
+    location_scale  where x lies and how large it is, in one pass
+    gram            K of the standardised x
+    gram_backward   the product of a symmetric n x n matrix with the standardised x
+    eigh            eigenvalues and eigenvectors of a batch of symmetric matrices
+
+x is (b, B, d). Standardised: Xs = ((x - first row) - mean offset) * scale, in the compute dtype
+(the dtype of scale). Subtracting a row first makes equal rows exactly zero and keeps a large common
+offset out of the rounding of the mean.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+try:
+    import ses_kernels._C as _C
+except ImportError as error:
+    _C, EXTENSION_MISSING = None, f"the C++ extension cannot be imported ({error})"
+else:
+    EXTENSION_MISSING = None
+
+_library = torch.library.Library("ses_kernels", "DEF")
+
+
+def _register(name: str, schema: str, *, fake, default, **rows) -> None:
+    """One operation: ``default`` serves every device without a row of its own."""
+    _library.define(name + schema)
+    _library.impl(name, default, "CompositeExplicitAutograd")
+    for device, row in rows.items():
+        _library.impl(name, row, device)
+    torch.library.register_fake(f"ses_kernels::{name}", fake, lib=_library)
+
+
+# ---- what can run here ----------------------------------------------------------------------
+
+
+@functools.cache
+def triton_missing(device: int) -> str | None:
+    """Why the Triton kernels cannot run on this CUDA device; None if they can."""
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"sm_{major}{minor} has no tensor-core path in Triton (sm_80 and later have)"
+    return None
+
+
+@functools.cache
+def eigh_limit(device_type: str, index: int | None, itemsize: int) -> int:
+    """Largest n of the extension's eigh on this device; 0 without one."""
+    if _C is None:
+        return 0
+    if device_type == "cpu":
+        return _C.max_n_cpu(itemsize)
+    return _C.max_n_cuda(index, itemsize) if device_type == "cuda" else 0
+
+
+def _gram_missing(x: Tensor, compute: torch.dtype) -> str | None:
+    if compute == torch.float64:
+        return "the Gram kernels compute in float32, and this call computes in float64"
+    return triton_missing(x.device.index)
+
+
+def _eigh_missing(a: Tensor) -> str | None:
+    limit = eigh_limit(a.device.type, a.device.index, a.element_size())
+    if EXTENSION_MISSING or limit == 0:
+        return EXTENSION_MISSING or f"the extension was built without {a.device.type} kernels"
+    if a.shape[-1] > limit:
+        return f"n = {a.shape[-1]} exceeds the eigh kernel's limit of {limit} on {a.device.type}"
+    return None
+
+
+def _fused(backend: str, missing: str | None) -> bool:
+    if backend == "fused" and missing:
+        raise RuntimeError(f'backend="fused" cannot run: {missing}; use backend="auto" or "torch"')
+    return backend != "torch" and missing is None
+
+
+# ---- torch rows -----------------------------------------------------------------------------
+
+_BLOCK = 1 << 18  # elements of x standardised at a time: bounds the temporaries, fits the L2 cache
+_STRIP = 64  # rows of a Gram matrix computed at a time: shorter ones leave BLAS below its speed
+
+
+def standardize(x: Tensor, location: Tensor, scale: Tensor) -> Tensor:  # (b, B, d)
+    xs = x.to(scale.dtype)
+    if location.shape[1]:
+        xs = xs - location[:, :1]
+        xs -= location[:, 1:]
+        return xs.mul_(scale[:, None, None])
+    return xs * scale[:, None, None]
+
+
+def _blocks(x: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
+    """(matrices, range of ``axis``) that together cover x (b, B, d)."""
+    size = x.shape[1] * x.shape[2]
+    matrices = max(1, _BLOCK // size)
+    along = x.shape[axis] if size <= _BLOCK else max(1, _BLOCK * x.shape[axis] // size)
+    for i in range(0, x.shape[0], matrices):
+        for j in range(0, x.shape[axis], along):
+            yield slice(i, i + matrices), slice(j, j + along)
+
+
+def _standardized_blocks(x, location, scale, side, standardize) -> Iterator[tuple]:
+    """(matrices, rows, columns, Xs there), cut along the axis that the Gram matrix contracts."""
+    for matrices, part in _blocks(x, 2 if side == "samples" else 1):
+        rows, columns = (slice(None), part) if side == "samples" else (part, slice(None))
+        xs = standardize(
+            x[matrices, rows, columns], location[matrices, :, columns], scale[matrices]
+        )
+        yield matrices, rows, columns, xs
+
+
+def _location_scale_torch(x, anchor, dtype, backend):
+    b, _, d = x.shape
+    total = x.new_zeros(b, d, dtype=dtype)
+    largest = x.new_zeros(b, dtype=dtype)
+    first = anchor.to(dtype)
+    for matrices, rows in _blocks(x, 1):
+        shifted = x[matrices, rows].to(dtype)
+        if anchor.shape[1]:
+            shifted = shifted - first[matrices]
+            total[matrices] += shifted.sum(1)
+        low, high = shifted.aminmax() if b == 1 else (shifted.amin((1, 2)), shifted.amax((1, 2)))
+        largest[matrices] = largest[matrices].maximum(torch.maximum(high, -low))
+    if not anchor.shape[1]:
+        return x.new_empty(b, 0, d, dtype=dtype), power_of_two(largest)
+    return torch.cat([first, total[:, None] / x.shape[1]], 1), power_of_two(largest)
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """The power of two that brings ``largest`` into [1/2, 1), 1 for 0."""
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    return torch.ldexp(torch.ones_like(largest), -exponent)
+
+
+def _gram_torch(x, location, scale, side, backend, standardize=standardize):
+    n = x.shape[1] if side == "samples" else x.shape[2]
+    gram = x.new_empty(x.shape[0], n, n, dtype=scale.dtype)
+    strip = max(_STRIP, -(-n // 4))
+    for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side, standardize):
+        left = xs if side == "samples" else xs.mT
+        first = not (rows.start or columns.start)
+        for i in range(0, n, strip):  # rows up to the diagonal: the rest is their mirror image
+            gram[matrices, i : i + strip, : i + strip].baddbmm_(
+                left[:, i : i + strip], left[:, : i + strip].mT, beta=0 if first else 1
+            )
+    for i in range(strip, n, strip):
+        gram[:, :i, i : i + strip] = gram[:, i : i + strip, :i].mT
+    return gram
+
+
+def _gram_backward_torch(
+    m, x, location, scale, coefficient, side, backend, standardize=standardize
+):
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for matrices, rows, columns, xs in _standardized_blocks(
+        x, location, scale * coefficient, side, standardize
+    ):
+        m_block = m[matrices]
+        product = m_block @ xs if side == "samples" else xs @ m_block
+        if product.shape == out.shape and product.dtype == out.dtype:
+            return product
+        out[matrices, rows, columns] = product
+    return out
+
+
+def _eigh_torch(a, backend):
+    if math.isfinite(a.sum()):  # torch.linalg.eigh looks at the host itself
+        return torch.linalg.eigh(a)
+    finite = a.isfinite().all(-1).all(-1)[:, None]  # LAPACK rejects NaN for the whole batch
+    w, v = torch.linalg.eigh(torch.where(finite[..., None], a, 0.0))
+    return torch.where(finite, w, torch.nan), v
+
+
+# ---- kernel rows ----------------------------------------------------------------------------
+
+
+def _dense_rows(x: Tensor, compute: torch.dtype) -> bool:
+    """Whether the extension reads x as it lies; x in half precision goes to torch operations."""
+    return _C is not None and x.dtype == compute and x.stride(2) == 1
+
+
+def _location_scale_cpu(x, anchor, dtype, backend):
+    if backend == "torch" or not _dense_rows(x, dtype):
+        return _location_scale_torch(x, anchor, dtype, backend)
+    location, scale = _location_scale_fake(x, anchor, dtype, backend)
+    if anchor.shape[1]:
+        location[:, :1] = anchor
+    kernel = _C.location_scale_float32 if dtype == torch.float32 else _C.location_scale_float64
+    kernel(
+        x.data_ptr(), x.stride(0), x.stride(1), *x.shape,
+        location.data_ptr() if anchor.shape[1] else 0, scale.data_ptr(),
+    )  # fmt: skip
+    return location, scale
+
+
+def _standardize_cpu(x, location, scale):
+    if not _dense_rows(x, scale.dtype):
+        return standardize(x, location, scale)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    kernel = _C.standardize_float32 if x.dtype == torch.float32 else _C.standardize_float64
+    kernel(
+        x.data_ptr(), x.stride(0), x.stride(1), *x.shape,
+        location.data_ptr() if location.shape[1] else 0, *location.stride()[:2],
+        scale.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _gram_cpu(x, location, scale, side, backend):
+    rows = standardize if backend == "torch" else _standardize_cpu
+    return _gram_torch(x, location, scale, side, backend, rows)
+
+
+def _gram_backward_cpu(m, x, location, scale, coefficient, side, backend):
+    rows = standardize if backend == "torch" else _standardize_cpu
+    return _gram_backward_torch(m, x, location, scale, coefficient, side, backend, rows)
+
+
+def _location_scale_cuda(x, anchor, dtype, backend):
+    if not _fused(backend, _gram_missing(x, dtype)):
+        return _location_scale_torch(x, anchor, dtype, backend)
+    from ses_kernels.kernels import gram
+
+    if anchor.shape[1]:
+        return gram.location_scale(x, anchor[:, 0].float())
+    return x.new_empty(x.shape[0], 0, x.shape[2], dtype=dtype), gram.location_scale(x, None)[1]
+
+
+def _gram_cuda(x, location, scale, side, backend):
+    if not _fused(backend, _gram_missing(x, scale.dtype)):
+        return _gram_torch(x, location, scale, side, backend)
+    from ses_kernels.kernels import gram
+
+    return gram.gram(x, location if location.shape[1] else None, scale, side)
+
+
+def _gram_backward_cuda(m, x, location, scale, coefficient, side, backend):
+    if not _fused(backend, _gram_missing(x, scale.dtype)):
+        return _gram_backward_torch(m, x, location, scale, coefficient, side, backend)
+    from ses_kernels.kernels import gram
+
+    location = location if location.shape[1] else None
+    return gram.gram_backward(m, x, location, scale, coefficient, side)
+
+
+def _eigh_outputs(a):  # eigenvectors as rows: transposed, that is torch.linalg.eigh's layout
+    return a.new_empty(a.shape[:-1]), torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+# Smallest batch, by n, at which lanes across matrices beat LAPACK on one matrix after the other
+# (python -m bench -k eigh). backend="fused" ignores it.
+_EIGH_CROSSOVER = ((32, 1), (48, 2), (96, 3), (128, 4))
+
+
+def _eigh_cpu(a, backend):
+    fused = _fused(backend, _eigh_missing(a))
+    if fused and backend == "auto":
+        fused = any(a.shape[1] <= n and a.shape[0] >= batch for n, batch in _EIGH_CROSSOVER)
+    if not fused:
+        return _eigh_torch(a, backend)
+    a = a.contiguous()
+    w, v = _eigh_outputs(a)
+    _C.eigh_cpu(
+        a.data_ptr(), w.data_ptr(), v.data_ptr(), *a.shape[:2], a.element_size(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return w, v.mT
+
+
+def _eigh_cuda(a, backend):
+    if not _fused(backend, _eigh_missing(a)):
+        return _eigh_torch(a, backend)
+    a = a.contiguous()
+    w, v = _eigh_outputs(a)
+    stream = torch.cuda.current_stream(a.device).cuda_stream
+    _C.eigh_cuda(
+        a.data_ptr(), w.data_ptr(), v.data_ptr(), *a.shape[:2], a.element_size(),
+        a.device.index, stream,
+    )  # fmt: skip
+    return w, v.mT
+
+
+# ---- the table ------------------------------------------------------------------------------
+
+
+def _location_scale_fake(x, anchor, dtype, backend):
+    rows = 2 if anchor.shape[1] else 0
+    return x.new_empty(x.shape[0], rows, x.shape[2], dtype=dtype), x.new_empty(
+        x.shape[0], dtype=dtype
+    )
+
+
+def _gram_fake(x, location, scale, side, backend):
+    n = x.shape[1] if side == "samples" else x.shape[2]
+    return scale.new_empty(x.shape[0], n, n)
+
+
+def _gram_backward_fake(m, x, location, scale, coefficient, side, backend):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _eigh_fake(a, backend):
+    w, v = _eigh_outputs(a)
+    return w, v.mT
+
+
+_register(
+    "location_scale",
+    "(Tensor x, Tensor anchor, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    fake=_location_scale_fake,
+    default=_location_scale_torch,
+    CPU=_location_scale_cpu,
+    CUDA=_location_scale_cuda,
+)
+_register(
+    "gram",
+    "(Tensor x, Tensor location, Tensor scale, str side, str backend) -> Tensor",
+    fake=_gram_fake,
+    default=_gram_torch,
+    CPU=_gram_cpu,
+    CUDA=_gram_cuda,
+)
+_register(
+    "gram_backward",
+    "(Tensor m, Tensor x, Tensor location, Tensor scale, Tensor coefficient, str side, str backend)"
+    " -> Tensor",
+    fake=_gram_backward_fake,
+    default=_gram_backward_torch,
+    CPU=_gram_backward_cpu,
+    CUDA=_gram_backward_cuda,
+)
+_register(
+    "eigh",
+    "(Tensor a, str backend) -> (Tensor, Tensor)",
+    fake=_eigh_fake,
+    default=_eigh_torch,
+    CPU=_eigh_cpu,
+    CUDA=_eigh_cuda,
+)
+
+location_scale = torch.ops.ses_kernels.location_scale.default
+gram = torch.ops.ses_kernels.gram.default
+gram_backward = torch.ops.ses_kernels.gram_backward.default
+eigh = torch.ops.ses_kernels.eigh.default
