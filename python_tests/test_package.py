@@ -1,0 +1,122 @@
+"""The package as a whole: layers, imports without its optional parts, the README's example."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import ses_kernels
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ses_kernels"
+
+# Each file may import those before it; reference.py, another route, imports none of them.
+LAYERS = ["reference", "kernels.gram", "_C", "ops", "distributed", "entropy", "rational", "solvers",
+          "autograd", "linalg", "functional", "__init__", "__main__"]  # fmt: skip
+
+
+def imports_of(path):
+    """Modules of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ses_kernels"):
+            module = node.module.removeprefix("ses_kernels").lstrip(".")
+            for alias in node.names:
+                name = f"{module}.{alias.name}".lstrip(".")
+                found.add(name if name in LAYERS else module)
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("ses_kernels"):
+                    found.add(alias.name.removeprefix("ses_kernels").lstrip(".") or "__init__")
+    return found
+
+
+def test_imports_go_down_the_layers():
+    files = {
+        str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    del files["kernels.__init__"]
+    assert set(files) == set(LAYERS) - {"_C"}
+    for name, path in files.items():
+        below = LAYERS[: LAYERS.index(name)]
+        assert imports_of(path) <= set(below), name
+    assert not imports_of(files["reference"])
+
+
+def test_only_ops_names_a_device():
+    """autograd.py and what it builds on run on any device: no file but ops.py asks which."""
+    for name in ("functional", "autograd", "solvers", "entropy", "distributed", "reference"):
+        text = (PACKAGE / f"{name}.py").read_text()
+        code = re.sub(r'""".*?"""|#.*', "", text, flags=re.S)
+        assert "cuda" not in code.lower(), name
+        assert "triton" not in code.lower(), name
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("missing", ["triton", "ses_kernels._C"])
+def test_works_without_optional_parts(missing):
+    done = run(
+        f"""
+import sys
+sys.modules[{missing!r}] = None  # makes its import raise
+import torch, ses_kernels
+x = torch.randn(3, 8, 20, requires_grad=True)
+ses_kernels.spectral_entropy(x).sum().backward()
+torch.testing.assert_close(
+    ses_kernels.spectral_entropy(x), ses_kernels.reference.spectral_entropy(x).float())
+from ses_kernels.__main__ import main
+main()
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert "missing" in done.stdout
+
+
+def test_import_touches_no_device_and_no_triton():
+    done = run(
+        """
+import sys, torch
+torch.cuda._lazy_init = torch.cuda.init = lambda: (_ for _ in ()).throw(AssertionError("CUDA"))
+import ses_kernels
+assert "triton" not in sys.modules, "triton was imported"
+assert not torch.cuda.is_initialized()
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_main_prints_every_part():
+    done = subprocess.run(
+        [sys.executable, "-m", "ses_kernels"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    for word in (
+        ses_kernels.__version__,
+        "torch",
+        "triton",
+        "extension",
+        "float64",
+        "eigh",
+        "Gram",
+    ):
+        assert word in done.stdout
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert blocks
+    for block in blocks:
+        done = run(block)
+        assert done.returncode == 0, block + done.stderr
+
+
+def test_no_environment_variable_changes_behaviour():
+    for path in PACKAGE.rglob("*.py"):
+        assert "environ" not in path.read_text(), path
