@@ -30,6 +30,7 @@ def test_rows_equal_the_formula(shape, dtype, compute, center):
     anchor = x[:, :1] if center else x[:, :0]
     exact = x.double()
     if center:
+        exact = exact - exact[:, :1]  # the common offset would round the mean
         exact = exact - exact.mean(1, keepdim=True)
     side = "samples" if shape[1] <= shape[2] else "features"
     eps = torch.finfo(compute).eps

@@ -296,3 +296,35 @@ def test_errors_say_what_was_got():
             call()
     with pytest.raises(TypeError):  # keyword-only
         ses_kernels.spectral_entropy(x, True)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 10, 30), (1, 150, 140)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_a_gradient_the_value_is_the_same(options, shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    x[0, 0] = 3 * x[0, 1]
+    expected = ses_kernels.spectral_entropy(x.requires_grad_(), **options)
+    assert expected.requires_grad
+    for got in (
+        ses_kernels.spectral_entropy(x.detach(), **options),
+        torch.no_grad()(ses_kernels.spectral_entropy)(x, **options),
+    ):
+        assert not got.requires_grad
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=2e-6)
+
+
+def test_without_a_gradient_no_eigenvector_is_computed(monkeypatch):
+    from ses_kernels import ops
+
+    monkeypatch.setattr(ops, "eigh", None)
+    ses_kernels.spectral_entropy(torch.randn(200, 300))
+
+
+def test_forward_mode_outside_torch_func():
+    x, tangent = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        out = torch.autograd.forward_ad.unpack_dual(ses_kernels.spectral_entropy(dual))
+    _, gradient = value_and_gradient(ses_kernels.spectral_entropy, x)
+    torch.testing.assert_close(out.tangent, (gradient * tangent).sum())

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
 from ses_kernels import distributed, entropy, ops, solvers
@@ -29,12 +30,22 @@ class Options(NamedTuple):
     solver: str
     backend: str
     group: torch.distributed.ProcessGroup | None
+    gradient: bool = True  # False: M is not wanted, and comes back empty
 
 
 def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l, d_l) -> L x (b_l,)
     if torch.compiler.is_dynamo_compiling():  # Dynamo refuses a Function that defines jvp
         return SpectralEntropyFunction.apply(options, *xs)[: len(xs)]
+    if not _may_be_differentiated(xs):  # eigenvalues alone cost a fraction
+        return SpectralEntropyFunction.forward(options._replace(gradient=False), *xs)[: len(xs)]
     return ForwardModeFunction.apply(options, *xs)[: len(xs)]
+
+
+def _may_be_differentiated(xs) -> bool:
+    by_autograd = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+    # The question that Function.apply itself asks; torch.func has no public one.
+    by_transform = torch._C._are_functorch_transforms_active()
+    return by_autograd or by_transform or any(unpack_dual(x).tangent is not None for x in xs)
 
 
 def _without_autocast(method):
@@ -60,7 +71,9 @@ class SpectralEntropyFunction(torch.autograd.Function):
         located = [_locate(x, options) for x in xs]
         entropies, ms = zip(*_solve_by_size(xs, located, options), strict=True)
         ms = [
-            _double_center(m) if options.center and _side(x, options) == "samples" else m
+            _double_center(m)
+            if options.gradient and options.center and _side(x, options) == "samples"
+            else m
             for m, x in zip(ms, xs, strict=True)
         ]
         entropies = [h.to(_result_dtype(x)) for h, x in zip(entropies, xs, strict=True)]
@@ -210,7 +223,9 @@ def _solve_by_size(xs, located, options):
     groups: list[tuple[list[int], list[Tensor]]] = []  # layers and their Gram matrices
     for i, (x, (location, scale)) in enumerate(zip(xs, located, strict=True)):
         if solvers.needs_svd(x, options):
-            spectrum = solvers.singular_spectrum(x, location, scale, _side(x, options))
+            spectrum = solvers.singular_spectrum(
+                x, location, scale, _side(x, options), options.gradient
+            )
             solved[i] = solvers.from_spectrum(*spectrum, options.power, options.order)
             continue
         gram = _gram(x, location, scale, options)

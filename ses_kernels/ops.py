@@ -182,6 +182,12 @@ def _eigh_torch(a, backend):
     return torch.where(finite, w, torch.nan), v
 
 
+def _eigvalsh_torch(a):
+    finite = a.isfinite().all(-1).all(-1)[:, None]
+    w = torch.linalg.eigvalsh(torch.where(finite[..., None], a, 0.0))
+    return torch.where(finite, w, torch.nan)
+
+
 # ---- kernel rows ----------------------------------------------------------------------------
 
 
@@ -263,11 +269,15 @@ def _eigh_outputs(a):  # eigenvectors as rows: transposed, that is torch.linalg.
 _EIGH_CROSSOVER = ((32, 1), (48, 2), (96, 3), (128, 4))
 
 
-def _eigh_cpu(a, backend):
+def _eigh_fused(a: Tensor, backend: str) -> bool:
     fused = _fused(backend, _eigh_missing(a))
-    if fused and backend == "auto":
-        fused = any(a.shape[1] <= n and a.shape[0] >= batch for n, batch in _EIGH_CROSSOVER)
-    if not fused:
+    if fused and backend == "auto" and a.device.type == "cpu":
+        return any(a.shape[1] <= n and a.shape[0] >= batch for n, batch in _EIGH_CROSSOVER)
+    return fused
+
+
+def _eigh_cpu(a, backend):
+    if not _eigh_fused(a, backend):
         return _eigh_torch(a, backend)
     a = a.contiguous()
     w, v = _eigh_outputs(a)
@@ -279,7 +289,7 @@ def _eigh_cpu(a, backend):
 
 
 def _eigh_cuda(a, backend):
-    if not _fused(backend, _eigh_missing(a)):
+    if not _eigh_fused(a, backend):
         return _eigh_torch(a, backend)
     a = a.contiguous()
     w, v = _eigh_outputs(a)
@@ -353,3 +363,8 @@ location_scale = torch.ops.ses_kernels.location_scale.default
 gram = torch.ops.ses_kernels.gram.default
 gram_backward = torch.ops.ses_kernels.gram_backward.default
 eigh = torch.ops.ses_kernels.eigh.default
+
+
+def eigvalsh(a: Tensor, backend: str) -> Tensor:  # (b, n, n) -> (b, n)
+    """Eigenvalues alone. The kernels make the vectors all the same; LAPACK is faster without."""
+    return eigh(a, backend)[0] if _eigh_fused(a, backend) else _eigvalsh_torch(a)

@@ -40,26 +40,38 @@ def solve(gram: Tensor, options) -> tuple[Tensor, Tensor]:  # (b, n, n) -> (b,),
 
 
 def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor, float]:
-    """Eigenvalues (b, n), eigenvectors (b, n, n), and what of them, relative, is rounding."""
-    w, q = ops.eigh(gram, options.backend)
+    """Eigenvalues (b, n), eigenvectors (b, n, n), and what of them, relative, is rounding.
+
+    No eigenvectors, None, where no gradient is wanted.
+    """
+    if options.gradient:
+        w, q = ops.eigh(gram, options.backend)
+    else:
+        w, q = ops.eigvalsh(gram, options.backend), None
     sensitive = small_values_matter(options.power, options.order)
     noise = gram.shape[-1] * torch.finfo(gram.dtype).eps if sensitive else 0.0
     return w, q, noise
 
 
-def singular_spectrum(x, location, scale, side) -> tuple[Tensor, Tensor, float]:
+def singular_spectrum(x, location, scale, side, gradient=True):
     """The same from an SVD of x (b, B, d): n eigenvalues and vectors of the side, n = min(B, d)."""
     xs = ops.standardize(x, location, scale)
     if side == "features":
         xs = xs.mT
     finite = xs.isfinite().all(-1).all(-1)[:, None, None]  # LAPACK rejects NaN for the whole batch
-    q, sigma, _ = torch.linalg.svd(torch.where(finite, xs, 0.0), full_matrices=False)
+    xs = torch.where(finite, xs, 0.0)
+    if gradient:
+        q, sigma, _ = torch.linalg.svd(xs, full_matrices=False)
+    else:
+        q, sigma = None, torch.linalg.svdvals(xs)
     noise = (max(xs.shape[-2:]) * torch.finfo(xs.dtype).eps) ** 2
     return torch.where(finite[..., 0], sigma**2, torch.nan), q, noise
 
 
 def from_spectrum(w, q, noise, power, order) -> tuple[Tensor, Tensor]:
     h, f = entropy.entropy(w, power, order, noise)
+    if q is None:
+        return h, h.new_empty(h.shape[0], 0, 0)
     # M = Q diag(dH/dw) Q^T
     return h, (q * f[:, None, :]) @ q.mT
 
