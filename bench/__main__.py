@@ -26,6 +26,7 @@ def main() -> int:
     status = pytest.main(
         [
             str(HERE / "bench_entropy.py"),
+            str(HERE / "bench_eigh.py"),
             f"--benchmark-json={options.output}",
             "--benchmark-quiet",
             *for_pytest,

@@ -1,4 +1,4 @@
-"""The measurement: for each shape, dtype and mode, all providers in paired rounds."""
+"""Entropies of a network's layers, forward and with the gradient, by every provider."""
 
 from __future__ import annotations
 
@@ -7,38 +7,19 @@ from functools import partial
 import pytest
 import torch
 
-from bench.provenance import provenance
+from bench.measure import measure
 from bench.providers import Provider, io_bytes, providers
 from bench.shapes import SHAPES, Shape
-from bench.timing import (
-    Call,
-    captured,
-    cpu_clock,
-    cuda_clock,
-    paired,
-    paired_ratios,
-    peak_bytes,
-    quartiles,
-)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.float32, torch.bfloat16]}[DEVICE]
 CLOCKS = {"cpu": ["wall"], "cuda": ["eager", "graph"]}[DEVICE]
-BASE = "ours"
 
 
-def _call(provider: Provider, xs: list[torch.Tensor], mode: str) -> Call:
+def _call(provider: Provider, xs: list[torch.Tensor], mode: str):
     if mode == "forward":
         return torch.no_grad()(partial(provider.entropies, xs))
     return partial(provider.step, [x.requires_grad_() for x in xs])
-
-
-def _clock(provider: Provider, call: Call, clock: str):
-    if clock == "wall":
-        return cpu_clock(call)
-    if clock == "graph" and not provider.capturable:
-        raise RuntimeError("not on torch's stream and allocator")
-    return cuda_clock(captured(call) if clock == "graph" else call)
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
@@ -47,34 +28,20 @@ def _clock(provider: Provider, call: Call, clock: str):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_entropy(benchmark, budget, shape: Shape, dtype, mode: str, clock: str) -> None:
     xs = shape.tensors(DEVICE, dtype)
-    rows, clocks = {}, {}
-    for provider in providers(DEVICE):
-        if mode == "forward+backward" and not provider.differentiable:
-            continue
-        row = {
-            "provider": provider.name,
-            "shape": shape.name,
-            "layers": shape.layers,
-            "dtype": str(dtype).removeprefix("torch."),
-            "mode": mode,
-            "clock": clock,
-            "io_bytes": io_bytes(xs, backward=mode == "forward+backward"),
-            **provenance(DEVICE),
-        }
-        call = _call(provider, xs, mode)
-        try:
-            row["peak_bytes"] = peak_bytes(call, DEVICE)  # and warms up
-            clocks[provider.name] = _clock(provider, call, clock)
-        except RuntimeError as error:  # a row all the same: why it could not run here
-            row["skipped"] = str(error).partition("\n")[0]
-        rows[provider.name] = row
-    seconds = benchmark.pedantic(paired, (clocks, budget), rounds=1, iterations=1)
-    ratios = paired_ratios(seconds, BASE) if BASE in seconds else {}
-    for name, values in seconds.items():
-        rows[name] |= {
-            "rounds": len(values),
-            "seconds": quartiles(values),
-            f"over {BASE}": ratios.get(name),
-        }
-    benchmark.extra_info["rows"] = list(rows.values())
-    assert clock == "graph" or BASE in seconds, rows[BASE]["skipped"]
+    found = [p for p in providers(DEVICE) if mode == "forward" or p.differentiable]
+    facts = {
+        "shape": shape.name,
+        "layers": shape.layers,
+        "dtype": str(dtype).removeprefix("torch."),
+        "mode": mode,
+        "clock": clock,
+        "io_bytes": io_bytes(xs, backward=mode == "forward+backward"),
+    }
+    measure(
+        benchmark,
+        budget,
+        {p.name: _call(p, xs, mode) for p in found},
+        facts,
+        DEVICE,
+        frozenset(p.name for p in found if not p.capturable),
+    )

@@ -204,6 +204,16 @@ def _jax_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_dlpack(w), torch.from_dlpack(v)
 
 
+def eigh_peers(device: str) -> dict[str, Eigh]:
+    """Batched eigh of the libraries installed here."""
+    peers: dict[str, Eigh] = {"torch eigh": torch.linalg.eigh}
+    if device == "cuda" and importlib.util.find_spec("cupy"):
+        peers["CuPy eigh"] = _cupy_eigh
+    if device == "cuda" and importlib.util.find_spec("jax"):
+        peers["JAX eigh"] = _jax_eigh
+    return peers
+
+
 def providers(device: str) -> list[Provider]:
     """Ours first: the others are compared with it."""
     found = [
@@ -219,12 +229,9 @@ def providers(device: str) -> list[Provider]:
     ]
     if device == "cpu" and importlib.util.find_spec("vendi_score"):
         found.append(Provider("vendi-score", vendi, differentiable=False))
-    if device == "cuda" and importlib.util.find_spec("cupy"):
-        found.append(
-            Provider("gram, CuPy eigh", partial(gram_closed, eigh=_cupy_eigh), capturable=False)
-        )
-    if device == "cuda" and importlib.util.find_spec("jax"):
-        found.append(
-            Provider("gram, JAX eigh", partial(gram_closed, eigh=_jax_eigh), capturable=False)
-        )
+    for name, eigh in eigh_peers(device).items():
+        if eigh is not torch.linalg.eigh:
+            found.append(
+                Provider(f"gram, {name}", partial(gram_closed, eigh=eigh), capturable=False)
+            )
     return found

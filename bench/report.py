@@ -6,16 +6,22 @@ import json
 import sys
 from pathlib import Path
 
+from bench.measure import BASE
+
 Row = dict
-BASE = "ours"
 
 
 def table(rows: list[Row]) -> str:
-    """One line per shape, dtype, mode and clock; one column per provider.
+    """One line per shape, dtype, mode and clock; one column per provider that was there.
 
     Ours in milliseconds, the others as their time over ours in the same round: median (quartiles).
     """
     measured = [row for row in rows if "seconds" in row]
+    parts = [[r for r in measured if (r["mode"] == "eigh") == eigh] for eigh in (False, True)]
+    return "\n\n".join(_table(part) for part in parts if part)
+
+
+def _table(measured: list[Row]) -> str:
     names = list(dict.fromkeys(row["provider"] for row in measured if row["provider"] != BASE))
     lines = [
         f"| shape | mode | {BASE}, ms | {' | '.join(f'{name} / {BASE}' for name in names)} |",

@@ -166,11 +166,12 @@ def _gram_backward_torch(
     for matrices, rows, columns, xs in _standardized_blocks(
         x, location, scale * coefficient, side, standardize
     ):
-        m_block = m[matrices]
-        product = m_block @ xs if side == "samples" else xs @ m_block
-        if product.shape == out.shape and product.dtype == out.dtype:
-            return product
-        out[matrices, rows, columns] = product
+        factors = (m[matrices], xs) if side == "samples" else (xs, m[matrices])
+        block = out[matrices, rows, columns]
+        if x.dtype == scale.dtype:
+            block.baddbmm_(*factors, beta=0)  # written where it belongs
+        else:
+            block.copy_(torch.bmm(*factors))
     return out
 
 
@@ -264,9 +265,9 @@ def _eigh_outputs(a):  # eigenvectors as rows: transposed, that is torch.linalg.
     return a.new_empty(a.shape[:-1]), torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
-# Smallest batch, by n, at which lanes across matrices beat LAPACK on one matrix after the other
-# (python -m bench -k eigh). backend="fused" ignores it.
-_EIGH_CROSSOVER = ((32, 1), (48, 2), (96, 3), (128, 4))
+# (n, batch): up to this n, and from this batch on, lanes across matrices beat LAPACK on one matrix
+# after the other (bench/bench_eigh.py). backend="fused" ignores it.
+_EIGH_CROSSOVER = ((32, 1), (48, 2), (96, 3), (128, 5))
 
 
 def _eigh_fused(a: Tensor, backend: str) -> bool:

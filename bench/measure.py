@@ -1,0 +1,56 @@
+"""One measurement: the same work by several providers in paired rounds, a row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bench.provenance import provenance
+from bench.timing import (
+    Call,
+    captured,
+    cpu_clock,
+    cuda_clock,
+    paired,
+    paired_ratios,
+    peak_bytes,
+    quartiles,
+)
+
+BASE = "ours"
+
+
+def measure(
+    benchmark,
+    budget: float,
+    calls: Mapping[str, Call],
+    facts: dict,
+    device: str,
+    uncapturable: frozenset[str] = frozenset(),
+) -> None:
+    """Rows of ``calls`` into the benchmark; ``facts`` (shape, mode, clock, ...) go into each."""
+    rows, clocks = {}, {}
+    for name, call in calls.items():
+        rows[name] = {"provider": name, **facts, **provenance(device)}
+        try:
+            rows[name]["peak_bytes"] = peak_bytes(call, device)  # and warms up
+            clocks[name] = _clock(call, facts["clock"], name in uncapturable)
+        except RuntimeError as error:  # a row all the same: why it could not run here
+            rows[name]["skipped"] = str(error).partition("\n")[0]
+    seconds = benchmark.pedantic(paired, (clocks, budget), rounds=1, iterations=1)
+    ratios = paired_ratios(seconds, BASE) if BASE in seconds else {}
+    for name, values in seconds.items():
+        rows[name] |= {
+            "rounds": len(values),
+            "seconds": quartiles(values),
+            f"over {BASE}": ratios.get(name),
+        }
+    benchmark.extra_info["rows"] = list(rows.values())
+    assert facts["clock"] == "graph" or BASE in seconds, rows[BASE]["skipped"]
+
+
+def _clock(call: Call, clock: str, uncapturable: bool):
+    if clock == "wall":
+        return cpu_clock(call)
+    if clock == "graph" and uncapturable:
+        raise RuntimeError("not on torch's stream and allocator")
+    return cuda_clock(captured(call) if clock == "graph" else call)
