@@ -48,6 +48,8 @@ def triton_missing(device: int) -> str | None:
 
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if torch.version.hip:
+        return "the Triton kernels are written for NVIDIA GPUs"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"sm_{major}{minor} has no tensor-core path in Triton (sm_80 and later have)"
@@ -102,9 +104,10 @@ def standardize(x: Tensor, location: Tensor, scale: Tensor) -> Tensor:  # (b, B,
 
 def _blocks(x: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
     """(matrices, range of ``axis``) that together cover x (b, B, d)."""
+    block = _BLOCK if x.device.type == "cpu" else 64 * _BLOCK  # a launch wants more work
     size = x.shape[1] * x.shape[2]
-    matrices = max(1, _BLOCK // size)
-    along = x.shape[axis] if size <= _BLOCK else max(1, _BLOCK * x.shape[axis] // size)
+    matrices = max(1, block // size)
+    along = x.shape[axis] if size <= block else max(1, block * x.shape[axis] // size)
     for i in range(0, x.shape[0], matrices):
         for j in range(0, x.shape[axis], along):
             yield slice(i, i + matrices), slice(j, j + along)
@@ -176,17 +179,23 @@ def _gram_backward_torch(
 
 
 def _eigh_torch(a, backend):
-    if math.isfinite(a.sum()):  # torch.linalg.eigh looks at the host itself
-        return torch.linalg.eigh(a)
-    finite = a.isfinite().all(-1).all(-1)[:, None]  # LAPACK rejects NaN for the whole batch
-    w, v = torch.linalg.eigh(torch.where(finite[..., None], a, 0.0))
-    return torch.where(finite, w, torch.nan), v
+    a, bad = _without_nan(a)
+    w, v = torch.linalg.eigh(a)
+    return (w if bad is None else w.masked_fill(bad, torch.nan)), v
 
 
 def _eigvalsh_torch(a):
-    finite = a.isfinite().all(-1).all(-1)[:, None]
-    w = torch.linalg.eigvalsh(torch.where(finite[..., None], a, 0.0))
-    return torch.where(finite, w, torch.nan)
+    a, bad = _without_nan(a)
+    w = torch.linalg.eigvalsh(a)
+    return w if bad is None else w.masked_fill(bad, torch.nan)
+
+
+def _without_nan(a):
+    """LAPACK rejects NaN for the whole batch: zeros for such matrices, and which they are."""
+    if math.isfinite(a.sum()):  # a look on the host, as torch.linalg.eigh itself takes
+        return a, None
+    bad = ~a.isfinite().all(-1).all(-1)[:, None]
+    return a.masked_fill(bad[..., None], 0), bad
 
 
 # ---- kernel rows ----------------------------------------------------------------------------
