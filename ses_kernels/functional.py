@@ -74,7 +74,7 @@ def spectral_entropy(
     condition number. Values are scaled by a power of two first: |x| from 1e-18 to 1e18 is safe.
 
     Cost: O(B d n + n^3), n = min(B, d), for value and gradient. Saved for backward: x, one n x n
-    matrix, and 2 d + 1 numbers; the forward pass allocates nothing of the size of x. On CUDA
+    matrix, and 2 d + 1 numbers; temporaries of x have at most 2^18 elements on the CPU. On CUDA
     ``solver="eigh"`` synchronises the host for n above the extension's limit, where it calls
     ``torch.linalg.eigh`` (``python -m ses_kernels`` prints the limit); the rest does not.
 
