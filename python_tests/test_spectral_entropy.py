@@ -168,6 +168,17 @@ def test_scale_invariance_in_float32(options, exponent):
     torch.testing.assert_close(g_scaled * 2.0**exponent, g, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(12, 70), (70, 12), (130, 3000)], ids=str)
+@pytest.mark.parametrize("exponent", [-60, 60])
+def test_small_weights_of_the_loss_keep_their_digits(shape, exponent):
+    """A weight of 1e-6 on entropies of samples near 1e18: products must not leave the range."""
+    x = torch.randn(shape)
+    _, g = value_and_gradient(ses_kernels.spectral_entropy, x)
+    weighted = lambda y: ses_kernels.spectral_entropy(y) * 1e-6  # noqa: E731
+    _, got = value_and_gradient(weighted, x * 2.0**exponent)
+    torch.testing.assert_close(got * 2.0**exponent, 1e-6 * g, rtol=1e-4, atol=1e-12)
+
+
 def test_strided_inputs():
     buffer = torch.randn(3, 40, 50)
     views = [

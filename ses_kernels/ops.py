@@ -166,9 +166,8 @@ def _gram_backward_torch(
     m, x, location, scale, coefficient, side, backend, standardize=standardize
 ):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for matrices, rows, columns, xs in _standardized_blocks(
-        x, location, scale * coefficient, side, standardize
-    ):
+    m = m * coefficient[:, None, None]  # into scale it would square the size of x: out of range
+    for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side, standardize):
         factors = (m[matrices], xs) if side == "samples" else (xs, m[matrices])
         block = out[matrices, rows, columns]
         if x.dtype == scale.dtype:
