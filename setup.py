@@ -118,7 +118,7 @@ def ninja_file(output, nvcc, archs):
     if nvcc:
         facts = f'-DSES_CUDA_ARCHS=\\"{",".join(archs)}\\" '
         facts += f'-DSES_CUDA_VERSION=\\"{cuda_version(nvcc)}\\"'
-    shared = "-shared -s -pthread"
+    shared = "-shared -s -pthread -ldl"
     if sys.platform == "darwin":
         shared = "-bundle -undefined dynamic_lookup"
     lines = [
@@ -151,10 +151,11 @@ def ninja_file(output, nvcc, archs):
 
     # The longest first.
     if nvcc:
-        compile_("nvcc", "eigh_cuda.cu", "eigh_cuda")
+        for source in ("rational_cuda", "eigh_cuda"):
+            compile_("nvcc", f"{source}.cu", source)
     x86 = "-DSES_X86" if len(ISA_FLAGS) > 1 else ""
     for isa, flags in ISA_FLAGS.items():
-        for source in ("eigh_cpu", "standardize"):
+        for source in ("eigh_cpu", "gram_cpu", "rational_cpu"):
             compile_("cxx", f"{source}.cpp", f"{source}_{isa}", f"-DSES_ISA={isa} {x86} {flags}")
     compile_("cxx", "bindings.cpp", "bindings", f"{includes} {facts} {x86}")
     compile_("cxx", "cpu_dispatch.cpp", "cpu_dispatch", x86)

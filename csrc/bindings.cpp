@@ -4,10 +4,15 @@
 
 #include <climits>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
 
 #include "eigh.h"
-#include "standardize.h"
+#include "gram_cpu.h"
+#include "rational_cpu.h"
 
 #ifndef SES_CUDA_ARCHS
 #define SES_CUDA_ARCHS ""
@@ -37,6 +42,15 @@ void check_sizes(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batc
   if (batch > 0 && (a == 0 || w == 0 || v == 0)) refuse("a, w and v must not be null");
 }
 
+void check_threads(int threads) {
+  if (threads < 1) refuse("threads must be at least 1, got " + std::to_string(threads));
+}
+
+void check_not_null(const char* names, std::initializer_list<std::uintptr_t> addresses) {
+  for (const std::uintptr_t address : addresses)
+    if (address == 0) refuse(std::string(names) + " must not be null");
+}
+
 template <typename T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -45,7 +59,7 @@ T* pointer(std::uintptr_t address) {
 void eigh_cpu(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n, int itemsize,
               int threads) {
   check_sizes(a, w, v, batch, n, itemsize, ses::kMaxNCpu, "the CPU");
-  if (threads < 1) refuse("threads must be at least 1, got " + std::to_string(threads));
+  check_threads(threads);
   const py::gil_scoped_release release;
   if (itemsize == sizeof(float))
     ses::eigh_cpu(pointer<const float>(a), pointer<float>(w), pointer<float>(v), batch, n, threads);
@@ -72,6 +86,8 @@ void eigh_cuda(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch,
                    device, pointer<void>(stream));
 }
 
+// ---- samples: x by address, strides in elements and shape ----
+
 template <typename T>
 ses::Samples<T> samples(std::uintptr_t x, long matrix_stride, long row_stride, long batch,
                         long rows, long columns) {
@@ -81,23 +97,143 @@ ses::Samples<T> samples(std::uintptr_t x, long matrix_stride, long row_stride, l
   return {pointer<const T>(x), matrix_stride, row_stride, batch, rows, columns};
 }
 
-template <typename T>
-void location_scale(std::uintptr_t x, long matrix_stride, long row_stride, long batch, long rows,
-                    long columns, std::uintptr_t location, std::uintptr_t scale) {
-  const auto s = samples<T>(x, matrix_stride, row_stride, batch, rows, columns);
-  const py::gil_scoped_release release;
-  ses::standardize_kernels<T>().location_scale(s, pointer<T>(location), pointer<T>(scale));
+// f(Samples<X>, L()) for the itemsizes of the samples and of the numbers that standardise them
+template <typename F>
+void with_samples(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride,
+                  long row_stride, long batch, long rows, long columns, F f) {
+  check_itemsize(x_itemsize);
+  check_itemsize(itemsize);
+  if (x_itemsize == sizeof(double)) {
+    if (itemsize != sizeof(double)) refuse("float64 samples are standardised in float64");
+    f(samples<double>(x, matrix_stride, row_stride, batch, rows, columns), double());
+  } else if (itemsize == sizeof(double)) {
+    f(samples<float>(x, matrix_stride, row_stride, batch, rows, columns), double());
+  } else {
+    f(samples<float>(x, matrix_stride, row_stride, batch, rows, columns), float());
+  }
 }
 
-template <typename T>
-void standardize(std::uintptr_t x, long matrix_stride, long row_stride, long batch, long rows,
-                 long columns, std::uintptr_t location, long location_matrix_stride,
-                 long location_row_stride, std::uintptr_t scale, std::uintptr_t out) {
-  const auto s = samples<T>(x, matrix_stride, row_stride, batch, rows, columns);
+void location_scale(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride,
+                    long row_stride, long batch, long rows, long columns, std::uintptr_t anchor,
+                    long anchor_stride, std::uintptr_t location, std::uintptr_t scale,
+                    int threads) {
+  check_threads(threads);
+  check_not_null("scale", {scale});
+  if (anchor != 0) check_not_null("location", {location});
+  with_samples(x, x_itemsize, itemsize, matrix_stride, row_stride, batch, rows, columns,
+               [&](const auto& s, auto number) {
+                 using L = decltype(number);
+                 using X = std::remove_const_t<std::remove_reference_t<decltype(*s.x)>>;
+                 const py::gil_scoped_release release;
+                 ses::location_scale_cpu(s, pointer<const X>(anchor), anchor_stride,
+                                         pointer<L>(location), pointer<L>(scale), threads);
+               });
+}
+
+ses::Side side_of(bool samples) { return samples ? ses::Side::kSamples : ses::Side::kFeatures; }
+
+void gram(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride, long row_stride,
+          long batch, long rows, long columns, std::uintptr_t location, long location_stride,
+          long location_row_stride, std::uintptr_t scale, bool by_samples, std::uintptr_t out,
+          int out_itemsize, int threads) {
+  check_itemsize(out_itemsize);
+  check_threads(threads);
+  check_not_null("scale", {scale});
+  check_not_null("out", {out});
+  with_samples(x, x_itemsize, itemsize, matrix_stride, row_stride, batch, rows, columns,
+               [&](const auto& s, auto number) {
+                 using L = decltype(number);
+                 const ses::Standard<L> standard{pointer<const L>(location), location_stride,
+                                                 location_row_stride, pointer<const L>(scale)};
+                 const py::gil_scoped_release release;
+                 if (out_itemsize == sizeof(float))
+                   ses::gram_cpu(s, standard, side_of(by_samples), pointer<float>(out), threads);
+                 else
+                   ses::gram_cpu(s, standard, side_of(by_samples), pointer<double>(out), threads);
+               });
+}
+
+void gram_backward(std::uintptr_t m, std::uintptr_t x, int x_itemsize, int itemsize,
+                   long matrix_stride, long row_stride, long batch, long rows, long columns,
+                   std::uintptr_t location, long location_stride, long location_row_stride,
+                   std::uintptr_t scale, std::uintptr_t coefficient, bool by_samples,
+                   std::uintptr_t out, int threads) {
+  check_threads(threads);
+  check_not_null("m, scale and coefficient", {m, scale, coefficient});
+  check_not_null("out", {out});
+  with_samples(x, x_itemsize, itemsize, matrix_stride, row_stride, batch, rows, columns,
+               [&](const auto& s, auto number) {
+                 using L = decltype(number);
+                 using X = std::remove_const_t<std::remove_reference_t<decltype(*s.x)>>;
+                 const ses::Standard<L> standard{pointer<const L>(location), location_stride,
+                                                 location_row_stride, pointer<const L>(scale)};
+                 const py::gil_scoped_release release;
+                 ses::gram_backward_cpu(pointer<const L>(m), s, standard,
+                                        pointer<const L>(coefficient), side_of(by_samples),
+                                        pointer<X>(out), threads);
+               });
+}
+
+// ---- the rational solver ----
+
+// (gram, h, m or 0, batch, n, center) of one layer
+using LayerTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, long, int, bool>;
+
+template <typename K, typename M>
+std::vector<ses::GramLayer<K, M>> gram_layers(const std::vector<LayerTuple>& tuples, int max_n) {
+  std::vector<ses::GramLayer<K, M>> layers;
+  for (const auto& [gram, h, m, batch, n, center] : tuples) {
+    check_not_null("gram and h", {gram, h});
+    check_sizes(gram, h, gram, batch, n, sizeof(K), max_n, "this device");
+    layers.push_back({pointer<const K>(gram), pointer<K>(h), pointer<M>(m), batch, n, center});
+  }
+  return layers;
+}
+
+// The poles live as long as the two vectors.
+ses::Poles poles(double c, const std::vector<double>& t, const std::vector<double>& w) {
+  if (t.empty() || t.size() != w.size() || t.size() > ses::kMaxPoles || t.size() % 12 != 0)
+    refuse("t and w must have the same number of poles, a multiple of 12 of at most " +
+           std::to_string(ses::kMaxPoles) + ", got " + std::to_string(t.size()) + " and " +
+           std::to_string(w.size()));
+  return {c, static_cast<int>(t.size()), t.data(), w.data()};
+}
+
+void rational_cpu(const std::vector<LayerTuple>& layers, int m_itemsize, double c,
+                  const std::vector<double>& t, const std::vector<double>& w, int threads) {
+  check_itemsize(m_itemsize);
+  check_threads(threads);
+  const ses::Poles set = poles(c, t, w);
+  const auto run = [&](auto number) {
+    const auto checked = gram_layers<double, decltype(number)>(layers, INT_MAX);
+    const py::gil_scoped_release release;
+    ses::rational_cpu(checked.data(), static_cast<int>(checked.size()), set, threads);
+  };
+  if (m_itemsize == sizeof(float))
+    run(float());
+  else
+    run(double());
+}
+
+using CudaLayers = std::vector<ses::GramLayer<float, float>>;
+
+// Floats of workspace that rational_cuda needs.
+std::size_t rational_cuda_workspace(const std::vector<LayerTuple>& layers, double c,
+                                    const std::vector<double>& t, const std::vector<double>& w,
+                                    int device) {
+  const CudaLayers checked = gram_layers<float, float>(layers, ses::max_n_rational_cuda(device));
+  return ses::rational_cuda_workspace(checked.data(), static_cast<int>(checked.size()),
+                                      poles(c, t, w), device);
+}
+
+void rational_cuda(const std::vector<LayerTuple>& layers, double c, const std::vector<double>& t,
+                   const std::vector<double>& w, std::uintptr_t workspace, int device,
+                   std::uintptr_t stream) {
+  const CudaLayers checked = gram_layers<float, float>(layers, ses::max_n_rational_cuda(device));
+  const ses::Poles set = poles(c, t, w);
   const py::gil_scoped_release release;
-  ses::standardize_kernels<T>().standardize(s, pointer<const T>(location), location_matrix_stride,
-                                            location_row_stride, pointer<const T>(scale),
-                                            pointer<T>(out));
+  ses::rational_cuda(checked.data(), static_cast<int>(checked.size()), set,
+                     pointer<float>(workspace), device, pointer<void>(stream));
 }
 
 py::dict info() {
@@ -145,15 +281,18 @@ PYBIND11_MODULE(_C, m) {
       py::arg("itemsize"), "The largest n eigh_cpu takes.");
   m.def("max_n_cuda", &max_n_cuda, py::arg("device"), py::arg("itemsize"),
         "The largest n eigh_cuda takes; 0 where it cannot run.");
-  constexpr const char* kLocationScale =
-      "x (batch, rows, columns) of dense rows, strides in elements -> location (batch, 2, "
-      "columns), "
-      "or 0 for no centring, and scale (batch,).";
-  m.def("location_scale_float32", &location_scale<float>, kLocationScale);
-  m.def("location_scale_float64", &location_scale<double>, kLocationScale);
-  constexpr const char* kStandardize =
-      "x, location (0 for no centring) and scale -> out (batch, rows, columns), contiguous.";
-  m.def("standardize_float32", &standardize<float>, kStandardize);
-  m.def("standardize_float64", &standardize<double>, kStandardize);
+  m.def("location_scale", &location_scale,
+        "x (batch, rows, columns) of dense rows and a dense anchor row for each matrix, 0 for no "
+        "centring -> location (batch, 2, columns) and scale (batch,).");
+  m.def("gram", &gram, "x, location (0 for no centring) and scale -> K (batch, n, n).");
+  m.def("gram_backward", &gram_backward,
+        "m (batch, n, n), x, location, scale, coefficient (batch,) -> out (batch, rows, columns).");
+  m.def("rational_cpu", &rational_cpu,
+        "[(gram, h, m or 0, batch, n, center)], float64 grams -> H (batch,) and M (batch, n, n).");
+  m.def("rational_cuda", &rational_cuda,
+        "As rational_cpu for float32 in the memory of `device`, enqueued on `stream`.");
+  m.def("rational_cuda_workspace", &rational_cuda_workspace, "Floats of workspace it needs.");
+  m.def("max_n_rational_cuda", &ses::max_n_rational_cuda, py::arg("device"),
+        "The largest n rational_cuda takes; 0 where it cannot run.");
   m.def("info", &info, "What this build contains and what it chose to run with.");
 }

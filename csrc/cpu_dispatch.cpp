@@ -1,16 +1,16 @@
-// eigh_cpu: picks the kernels for this machine, the width of a group for this batch, and the
-// threads.
+// The CPU functions of bindings.cpp: pick the kernels for this machine, cut a call into tasks, and
+// share those among threads.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <system_error>
-#include <thread>
+#include <vector>
 
 #include "eigh.h"
 #include "eigh_cpu.h"
-#include "standardize.h"
+#include "gram_cpu.h"
+#include "parallel.h"
+#include "rational_cpu.h"
 
 namespace ses {
 namespace {
@@ -29,33 +29,72 @@ namespace avx512 = portable;
 namespace avx2 = portable;
 #endif
 
-template <typename T>
-const GroupKernels<T>& kernels_here() {
-  static const GroupKernels<T>& kernels = has_avx512() ? avx512::group_kernels<T>()
-                                          : has_avx2() ? avx2::group_kernels<T>()
-                                                       : portable::group_kernels<T>();
-  return kernels;
+#define SES_KERNELS_HERE(...)           \
+  (has_avx512() ? avx512::__VA_ARGS__() \
+   : has_avx2() ? avx2::__VA_ARGS__()   \
+                : portable::__VA_ARGS__())
+
+// One aligned piece of memory for each worker.
+class Workspaces {
+ public:
+  Workspaces(long bytes, int workers)
+      : bytes_((bytes + kPage - 1) / kPage * kPage),
+        memory_(static_cast<char*>(
+            std::aligned_alloc(kPage, static_cast<std::size_t>(bytes_ * workers)))) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  void* operator[](int worker) const { return memory_.get() + worker * bytes_; }
+
+ private:
+  static constexpr long kPage = 4096;
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  long bytes_;
+  std::unique_ptr<char, Free> memory_;
+};
+
+int workers_for(double nanoseconds, int threads) {
+  return nanoseconds < 2 * kTeamNanoseconds ? 1 : threads;
 }
 
-// Starting a thread costs some tens of microseconds: each must have this much to do, in the units
-// of group_work.
-constexpr double kThreadWork = 4e5;
+// Tasks of a batch: several matrices each where they are small, parts of one where they are few.
+struct Shares {
+  int workers;
+  long parts, matrices, tasks;
+
+  Shares(long batch, double nanoseconds, long most_parts, int threads)
+      : workers(workers_for(static_cast<double>(batch) * nanoseconds, threads)),
+        parts(batch < 4L * workers && batch % workers != 0 ? std::min<long>(most_parts, workers)
+                                                           : 1),
+        matrices(parts > 1 ? 1 : std::max(1L, static_cast<long>(kTeamNanoseconds / nanoseconds))),
+        tasks((batch + matrices - 1) / matrices * parts) {}
+
+  // f(matrix, part) for all of a task
+  template <typename F>
+  void each(long task, long batch, F f) const {
+    const long first = task / parts * matrices;
+    for (long i = first; i < std::min(batch, first + matrices); ++i)
+      f(i, static_cast<int>(task % parts));
+  }
+};
 
 // Above, two registers a lane no longer fit the L2 cache, and the arithmetic hides the latencies.
 constexpr int kUnrollLimit = 64;
 
-// Time of one group, as measured: about 5 n^3 multiply-adds a register, and 60 n^2 cycles in which
-// the QL recurrence waits for itself, whatever the width.
+// Nanoseconds of one group, as measured: about 5 n^3 multiply-adds a register, and 60 n^2 cycles in
+// which the QL recurrence waits for itself, whatever the width.
 template <typename T>
 double group_work(const GroupKernel<T>& kernel, int n) {
   const double size = n;
-  return (5 * size * kernel.unroll + 60) * size * size;
+  return 0.3 * (5 * size * kernel.unroll + 60) * size * size;
 }
 
 template <typename T>
 struct Plan {
   const GroupKernel<T>* kernel;
-  long groups, workers;
+  long groups;
+  int workers;
 };
 
 // Half a register where the batch fits: it needs half the cache, and saves a quarter of the time.
@@ -71,8 +110,7 @@ Plan<T> make_plan(const GroupKernels<T>& kernels, long batch, int n, int threads
     if (half && groups == 1) return {&kernel, 1, 1};
     if (half) continue;
     const double work = group_work(kernel, n);
-    const long worthwhile = static_cast<long>(static_cast<double>(groups) * work / kThreadWork);
-    const long workers = std::max(1L, std::min({worthwhile, groups, static_cast<long>(threads)}));
+    const int workers = workers_for(static_cast<double>(groups) * work, threads);
     const double time = static_cast<double>((groups + workers - 1) / workers) * work;
     if (best.kernel == nullptr || time < best_time) {
       best = {&kernel, groups, workers};
@@ -82,10 +120,6 @@ Plan<T> make_plan(const GroupKernels<T>& kernels, long batch, int n, int threads
   return best;
 }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
 }  // namespace
 
 const char* simd_name() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "portable"; }
@@ -93,49 +127,128 @@ const char* simd_name() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" :
 template <typename T>
 void eigh_cpu(const T* a, T* w, T* v, long batch, int n, int threads) {
   if (batch == 0) return;
-  const Plan<T> plan = make_plan(kernels_here<T>(), batch, n, threads);
+  const Plan<T> plan = make_plan(SES_KERNELS_HERE(group_kernels<T>), batch, n, threads);
   const GroupKernel<T>& kernel = *plan.kernel;
-  const long groups = plan.groups, workers = plan.workers;
-
-  constexpr long kPage = 4096;
-  const long bytes = (kernel.workspace_bytes(n) + kPage - 1) / kPage * kPage;
-  std::unique_ptr<char, Free> memory(
-      static_cast<char*>(std::aligned_alloc(kPage, static_cast<std::size_t>(bytes * workers))));
-  if (!memory) throw std::bad_alloc();
-
-  std::atomic<long> next{0};
-  auto work = [&](long worker) {
-    void* workspace = memory.get() + worker * bytes;
-    for (long group; (group = next.fetch_add(1, std::memory_order_relaxed)) < groups;) {
-      const long first = group * kernel.lanes, size = static_cast<long>(n) * n;
-      const long count = batch - first < kernel.lanes ? batch - first : kernel.lanes;
-      kernel.run(a + first * size, w + first * n, v + first * size, static_cast<int>(count), n,
-                 workspace);
-    }
-  };
-  // Threads of the call, not of the process: nothing is left for a fork to break.
-  std::unique_ptr<std::thread[]> team(new std::thread[static_cast<std::size_t>(workers)]);
-  long started = 1;
-  try {
-    for (; started < workers; ++started) team[started] = std::thread(work, started);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those there are take all the groups.
-  }
-  work(0);
-  for (long i = 1; i < started; ++i) team[i].join();
+  const Workspaces workspaces(kernel.workspace_bytes(n), plan.workers);
+  parallel(plan.workers, plan.groups, [&](int worker, long group) {
+    const long first = group * kernel.lanes, size = static_cast<long>(n) * n;
+    const long count = std::min<long>(batch - first, kernel.lanes);
+    kernel.run(a + first * size, w + first * n, v + first * size, static_cast<int>(count), n,
+               workspaces[worker]);
+  });
 }
-
-template <typename T>
-const StandardizeKernels<T>& standardize_kernels() {
-  static const StandardizeKernels<T>& kernels = has_avx512() ? avx512::standardize_kernels<T>()
-                                                : has_avx2() ? avx2::standardize_kernels<T>()
-                                                             : portable::standardize_kernels<T>();
-  return kernels;
-}
-template const StandardizeKernels<float>& standardize_kernels<float>();
-template const StandardizeKernels<double>& standardize_kernels<double>();
 
 template void eigh_cpu(const float*, float*, float*, long, int, int);
 template void eigh_cpu(const double*, double*, double*, long, int, int);
+
+template <typename M>
+void rational_cpu(const GramLayer<double, M>* layers, int count, const Poles& poles, int threads) {
+  const RationalKernel<M>& kernel = SES_KERNELS_HERE(rational_kernel<M>);
+  struct Task {
+    const GramLayer<double, M>* layer;
+    long first;
+  };
+  std::vector<Task> tasks;
+  long bytes = 0;
+  double work = 0;
+  std::vector<const GramLayer<double, M>*> largest_first;
+  for (int i = 0; i < count; ++i) largest_first.push_back(layers + i);
+  std::stable_sort(largest_first.begin(), largest_first.end(),
+                   [](auto* one, auto* other) { return one->n > other->n; });
+  for (const auto* layer : largest_first) {
+    const double n = layer->n;
+    const int step = layer->n <= kMaxNLanes ? kernel.lanes : 1;
+    bytes = std::max(bytes, kernel.workspace_bytes(layer->n, poles.count));
+    // Measured: 50 picoseconds times n^3, and what does not grow so fast.
+    work += static_cast<double>(layer->batch) * (0.05 * n + 2) * n * n;
+    for (long first = 0; first < layer->batch; first += step) tasks.push_back({layer, first});
+  }
+  if (tasks.empty()) return;
+  const int workers = work < 2 * kTeamNanoseconds ? 1 : threads;
+  const Workspaces workspaces(bytes, workers);
+  parallel(workers, static_cast<long>(tasks.size()), [&](int worker, long i) {
+    kernel.run(*tasks[i].layer, tasks[i].first, poles, workspaces[worker]);
+  });
+}
+
+template void rational_cpu(const GramLayer<double, float>*, int, const Poles&, int);
+template void rational_cpu(const GramLayer<double, double>*, int, const Poles&, int);
+
+template <typename X, typename L>
+void location_scale_cpu(const Samples<X>& x, const X* anchor, long anchor_stride, L* location,
+                        L* scale, int threads) {
+  const GramKernels<X, L>& kernels = SES_KERNELS_HERE(gram_kernels<X, L>);
+  constexpr long kStrip = 256;
+  const long strips = (x.columns + kStrip - 1) / kStrip;
+  const double work = 0.2 * static_cast<double>(x.rows) * static_cast<double>(x.columns);
+  const Shares shares(x.batch, work, strips, threads);
+  std::vector<L> largest(static_cast<std::size_t>(x.batch * strips));
+  parallel(shares.workers, shares.tasks, [&](int, long task) {
+    shares.each(task, x.batch, [&](long b, int part) {
+      for (long strip = part; strip < strips; strip += shares.parts) {
+        const long first = strip * kStrip, last = std::min(x.columns, first + kStrip);
+        const X* row = anchor == nullptr ? nullptr : anchor + b * anchor_stride;
+        L* out = anchor == nullptr ? nullptr : location + 2 * b * x.columns;
+        largest[b * strips + strip] = kernels.locate(x, b, first, last, row, out);
+      }
+    });
+  });
+  for (long b = 0; b < x.batch; ++b)
+    scale[b] = kernels.inverse_power_of_two(
+        *std::max_element(&largest[b * strips], &largest[b * strips] + strips));
+}
+
+template <typename X, typename L, typename K>
+void gram_cpu(const Samples<X>& x, const Standard<L>& standard, Side side, K* gram, int threads) {
+  const GramKernels<X, L>& kernels = SES_KERNELS_HERE(gram_kernels<X, L>);
+  const auto& run = [&]() -> const auto& {
+    if constexpr (sizeof(K) == sizeof(float))
+      return kernels.gram_float;
+    else
+      return kernels.gram_double;
+  }();
+  const long n = side == Side::kSamples ? x.rows : x.columns;
+  const long depth = side == Side::kSamples ? x.columns : x.rows;
+  const double size = static_cast<double>(n);
+  const Shares shares(x.batch, (0.015 * size + 0.3) * size * static_cast<double>(depth),
+                      (n + 31) / 32, threads);
+  const Workspaces workspaces(kernels.gram_bytes(n), shares.workers);
+  parallel(shares.workers, shares.tasks, [&](int worker, long task) {
+    shares.each(task, x.batch, [&](long b, int part) {
+      run(x, standard, side, b, part, static_cast<int>(shares.parts), gram + b * n * n,
+          workspaces[worker]);
+    });
+  });
+}
+
+template <typename X, typename L>
+void gram_backward_cpu(const L* m, const Samples<X>& x, const Standard<L>& standard,
+                       const L* coefficient, Side side, X* out, int threads) {
+  const GramKernels<X, L>& kernels = SES_KERNELS_HERE(gram_kernels<X, L>);
+  const long n = side == Side::kSamples ? x.rows : x.columns;
+  const long other = side == Side::kSamples ? x.columns : x.rows;
+  const double size = static_cast<double>(n);
+  const Shares shares(x.batch, (0.015 * size + 0.3) * size * static_cast<double>(other),
+                      (other + 63) / 64, threads);
+  const Workspaces workspaces(kernels.backward_bytes(n), shares.workers);
+  parallel(shares.workers, shares.tasks, [&](int worker, long task) {
+    shares.each(task, x.batch, [&](long b, int part) {
+      kernels.backward(m + b * n * n, x, standard, coefficient[b], side, b, part,
+                       static_cast<int>(shares.parts), out + b * x.rows * x.columns,
+                       workspaces[worker]);
+    });
+  });
+}
+
+#define SES_INSTANTIATE(X, L)                                                                      \
+  template void location_scale_cpu(const Samples<X>&, const X*, long, L*, L*, int);                \
+  template void gram_cpu(const Samples<X>&, const Standard<L>&, Side, float*, int);                \
+  template void gram_cpu(const Samples<X>&, const Standard<L>&, Side, double*, int);               \
+  template void gram_backward_cpu(const L*, const Samples<X>&, const Standard<L>&, const L*, Side, \
+                                  X*, int);
+SES_INSTANTIATE(float, float)
+SES_INSTANTIATE(float, double)
+SES_INSTANTIATE(double, double)
+#undef SES_INSTANTIATE
 
 }  // namespace ses

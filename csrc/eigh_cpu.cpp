@@ -20,13 +20,6 @@ namespace SES_ISA {
 
 static_assert(kMaxNCpu < 1 << __FLT_MANT_DIG__, "indices are kept in floats");
 
-#if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kRegisterBytes = 32;
-#else
-constexpr int kRegisterBytes = 16;
-#endif
 constexpr int kHalfBytes = kRegisterBytes > 16 ? kRegisterBytes / 2 : kRegisterBytes;
 
 // 2^exponent for a normal result

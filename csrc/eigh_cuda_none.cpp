@@ -1,7 +1,8 @@
-// Stands in for eigh_cuda.cu in a build without CUDA.
+// Stands in for eigh_cuda.cu and rational_cuda.cu in a build without CUDA.
 #include <stdexcept>
 
 #include "eigh.h"
+#include "rational.h"
 
 namespace ses {
 
@@ -14,5 +15,15 @@ void eigh_cuda(const T*, T*, T*, long, int, int, void*) {
 
 template void eigh_cuda(const float*, float*, float*, long, int, int, void*);
 template void eigh_cuda(const double*, double*, double*, long, int, int, void*);
+
+int max_n_rational_cuda(int) { return 0; }
+
+std::size_t rational_cuda_workspace(const GramLayer<float, float>*, int, const Poles&, int) {
+  return 0;
+}
+
+void rational_cuda(const GramLayer<float, float>*, int, const Poles&, float*, int, void*) {
+  throw std::runtime_error("rational_cuda: this build has no CUDA kernels");
+}
 
 }  // namespace ses

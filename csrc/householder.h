@@ -47,6 +47,19 @@ struct Workspace {
   }
 };
 
+// Four sums at a time: one would wait for itself.
+template <typename P>
+SES_INLINE P dot(const P* a, const P* b, int count) {
+  constexpr int kSums = 4;
+  P sum[kSums];
+  for (P& value : sum) value = P::broadcast(0);
+  int k = 0;
+  for (; k + kSums <= count; k += kSums)
+    for (int i = 0; i < kSums; ++i) sum[i] = fma(a[k + i], b[k + i], sum[i]);
+  for (; k < count; ++k) sum[0] = fma(a[k], b[k], sum[0]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 // Columns [column, column + kColumns) of the lower triangle of the leading block of size `size`:
 // a -= u q^T + q u^T for the pending reflector, then p += a next.
 template <int kColumns, bool kPending, typename P>
@@ -91,13 +104,13 @@ SES_INLINE void update_and_multiply(P* z, long stride, int size, int column, con
 }
 
 template <bool kPending, typename P>
-static void update_and_multiply_all(P* z, long stride, int size, const P* u, const P* q,
-                                    const P* next, P* p) {
+static void update_and_multiply_all(P* z, long stride, int size, int columns, const P* u,
+                                    const P* q, const P* next, P* p) {
   for (int k = 0; k < size; ++k) p[k] = P::broadcast(0);
   int column = 0;
-  for (; column + 4 <= size; column += 4)
+  for (; column + 4 <= columns; column += 4)
     update_and_multiply<4, kPending>(z, stride, size, column, u, q, next, p);
-  for (; column < size; ++column)
+  for (; column < columns; ++column)
     update_and_multiply<1, kPending>(z, stride, size, column, u, q, next, p);
 }
 
@@ -119,8 +132,7 @@ static void tridiagonalise(const Workspace<P>& work, int n) {
     }
     work.d[i] = row[i];
     if (i == 1) break;
-    P sigma = zero;
-    for (int k = 0; k < i; ++k) sigma = fma(row[k], row[k], sigma);
+    const P sigma = dot(row, row, i);
     const P f = row[i - 1];
     const P g = zero - copysign(sqrt(sigma), f);
     const P h = fnma(f, g, sigma);
@@ -132,15 +144,11 @@ static void tridiagonalise(const Workspace<P>& work, int n) {
 
     P* p = work.p + (i % 2) * n;
     if (q == nullptr)
-      update_and_multiply_all<false>(work.z, work.stride, i, u, q, row, p);
+      update_and_multiply_all<false>(work.z, work.stride, i, i, u, q, row, p);
     else
-      update_and_multiply_all<true>(work.z, work.stride, i, u, q, row, p);
-    P dot = zero;
-    for (int k = 0; k < i; ++k) {
-      p[k] = p[k] * inverse_h;
-      dot = fma(row[k], p[k], dot);
-    }
-    const P half = P::broadcast(T(0.5)) * inverse_h * dot;
+      update_and_multiply_all<true>(work.z, work.stride, i, i, u, q, row, p);
+    for (int k = 0; k < i; ++k) p[k] = p[k] * inverse_h;
+    const P half = P::broadcast(T(0.5)) * inverse_h * dot(row, p, i);
     for (int k = 0; k < i; ++k) p[k] = fnma(half, row[k], p[k]);
     q = p;
   }

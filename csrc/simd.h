@@ -6,6 +6,14 @@
 //
 // Included inside an ISA namespace (see eigh_cpu.cpp), so it opens none and includes nothing.
 
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
 template <typename T>
 struct ScalarTraits;
 
@@ -18,6 +26,7 @@ struct ScalarTraits<float> {
   static constexpr int kExponentBias = 127;
   static constexpr float kEps = __FLT_EPSILON__;
   static constexpr float kMinNormal = __FLT_MIN__;
+  static constexpr float kInf = __builtin_inff();
   static constexpr float kNaN = __builtin_nanf("");
 };
 
@@ -30,6 +39,7 @@ struct ScalarTraits<double> {
   static constexpr int kExponentBias = 1023;
   static constexpr double kEps = __DBL_EPSILON__;
   static constexpr double kMinNormal = __DBL_MIN__;
+  static constexpr double kInf = __builtin_inf();
   static constexpr double kNaN = __builtin_nan("");
 };
 
@@ -91,7 +101,13 @@ struct Pack {
 
   SES_INLINE Pack broadcast(T x) {
     Pack y;
-    for (int i = 0; i < kUnroll; ++i) y.r[i] = Vec{} + x;
+    // x - 0 is x for every x, x + 0 is not: only this needs no arithmetic
+    for (int i = 0; i < kUnroll; ++i) y.r[i] = x - Vec{};
+    return y;
+  }
+  SES_INLINE Pack iota() {
+    Pack y;
+    for (int i = 0; i < kLanes; ++i) y.r[i * kUnroll / kLanes][i % (kLanes / kUnroll)] = T(i);
     return y;
   }
   SES_INLINE bool any(Mask m) {

@@ -8,7 +8,7 @@ import torch
 import ses_kernels
 from ses_kernels import ops
 
-OPERATIONS = ("location_scale", "gram", "gram_backward", "eigh")
+OPERATIONS = ["location_scale", "gram", "gram_backward", "rational", "eigh"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +70,18 @@ def arguments(name, side, center, dtype):
     x = x if side == "samples" else x.mT
     anchor = x[:, :1] if center else x[:, :0]
     location, scale = ops.location_scale(x, anchor, torch.float32, "auto")
-    gram = ops.gram(x, location, scale, side, "auto")
+    gram = ops.gram(x, location, scale, side, scale.dtype, "auto")
     return {
         "location_scale": (x, anchor, torch.float32, "auto"),
-        "gram": (x, location, scale, side, "auto"),
+        "gram": (x, location, scale, side, torch.float64, "auto"),
         "gram_backward": (gram, x, location, scale, scale, side, "auto"),
+        "rational": (
+            [gram.double(), gram[:1].double()],
+            [center, False],
+            torch.float32,
+            True,
+            "auto",
+        ),
         "eigh": (gram, "auto"),
     }[name]
 

@@ -1,13 +1,20 @@
-"""ses_kernels._C on the CPU, called as the package calls it: raw pointers."""
+"""ses_kernels._C on the CPU, called as the package calls it: raw pointers.
+
+The values of location_scale, gram and gram_backward are in test_ops.py.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import textwrap
 import threading
 
 import pytest
 import torch
+
+from ses_kernels import partial_fractions
 
 _C = pytest.importorskip("ses_kernels._C")
 
@@ -215,6 +222,290 @@ def test_works_after_fork():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+# ---- the rational solver ------------------------------------------------------------------------
+
+
+POLES = {dtype: partial_fractions.columns(torch.float64, dtype) for dtype in DTYPES}
+
+
+def rational(gram, dtype=torch.float64, gradient=True, center=False, threads=2):
+    """H (batch,) and M (batch, n, n) in ``dtype``; what is not asked for is not written."""
+    h = torch.full(gram.shape[:1], 7.0, dtype=torch.float64)
+    m = torch.full(gram.shape, 7.0, dtype=dtype)
+    layer = gram.data_ptr(), h.data_ptr(), m.data_ptr() if gradient else 0, *gram.shape[:2], center
+    _C.rational_cpu([layer], dtype.itemsize, *POLES[dtype], threads)
+    return h, m
+
+
+def gram_family(name, n, generator):  # (n, n), float64, positive semidefinite up to rounding
+    x = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    i = torch.arange(n, dtype=torch.float64)
+    rank = max(1, n // 4)
+    cosine = torch.eye(n, dtype=torch.float64) - torch.ones(n - 1, dtype=torch.float64).diag(1) / 2
+    return {
+        "gaussian": lambda: x @ x.mT,
+        "huge": lambda: x @ x.mT * 1e300,
+        "tiny": lambda: x @ x.mT * 1e-300,
+        "rank_one": lambda: x[:, :1] @ x[:, :1].mT,
+        "rank_deficient": lambda: x[:, :rank] @ x[:, :rank].mT,
+        "repeated": lambda: spectrum([1.0 + (j % 3) for j in range(n)], generator),
+        "power_law": lambda: spectrum((1 + i) ** -4, generator),
+        "exponential": lambda: spectrum((-i).exp(), generator),
+        "collapse": lambda: spectrum([1.0] + [1e-6] * (n - 1), generator),
+        "dominant": lambda: x @ x.mT + 1e8 * x[:, :1] @ x[:, :1].mT,
+        "ones": lambda: torch.ones(n, n, dtype=torch.float64),
+        "identity": lambda: torch.eye(n, dtype=torch.float64),
+        "diagonal": lambda: torch.diag(x[0] ** 2),
+        "blocks": lambda: spectrum_of_blocks(n),
+        "tridiagonal": lambda: cosine + cosine.mT,
+        "zero": lambda: torch.zeros(n, n, dtype=torch.float64),
+    }[name]()
+
+
+def spectrum_of_blocks(n):
+    two = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    return torch.block_diag(*[two] * (n // 2), *[torch.ones(1, 1, dtype=torch.float64)] * (n % 2))
+
+
+GRAM_FAMILIES = (
+    "gaussian", "huge", "tiny", "rank_one", "rank_deficient", "repeated", "power_law",
+    "exponential", "collapse", "dominant", "ones", "identity", "diagonal", "blocks", "tridiagonal",
+    "zero",
+)  # fmt: skip
+
+
+def gram_mixture(n, seed=0, copies=1):
+    generator = torch.Generator().manual_seed(1000 * n + seed)
+    k = [gram_family(name, n, generator) for _ in range(copies) for name in GRAM_FAMILIES]
+    return torch.stack(k).tril() + torch.stack(k).tril(-1).mT
+
+
+def same_bits(one, other):
+    """As integers: a zero that changed its sign would compare equal. NaN is NaN."""
+    one, other = (t.nan_to_num(nan=7.0) for t in (one, other))
+    bits = torch.int32 if one.dtype == torch.float32 else torch.int64
+    return torch.equal(one.view(bits), other.view(bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 17, 31, 32, 33, 40, 63, 64, 65, 100, 129, 200, 257])
+def test_rational_equals_the_eigendecomposition(n, dtype):
+    gram = gram_mixture(n)
+    trace = gram.diagonal(dim1=1, dim2=2).sum(-1)
+    unit = torch.where(trace == 0, 1.0, trace)[:, None, None]
+    w, v = torch.linalg.eigh(gram / unit)
+    w = w.clamp_min(0)
+    h64 = torch.special.entr(w).sum(-1)
+    h, m = rational(gram, dtype)
+    # What the poles leave of an eigenvalue, and rounding
+    assert ((h - h64).abs() <= n * (1.44e-12 if dtype == torch.float32 else 6e-15)).all()
+    assert h[-1] == 0
+    assert (m[-1] == 0).all()
+    # M in the basis of eigenvectors. A row weighs as much as its eigenvalue does in K M, or its
+    # square root, the singular value, in the gradient.
+    scaled = m.double() * unit
+    error = v.mT @ scaled @ v + torch.diag_embed(w.clamp_min(1e-300).log() + h64[:, None])
+    error = error[:-1].where((w > 0)[:-1, :, None], 0.0)  # not: the last, zero
+    if dtype == torch.float32:  # 1 / tr K of the second and third is no float32
+        assert h[1:3].isfinite().all()
+        error[1:3] = 0
+    assert (w[:-1, :, None] * error).abs().max() < (3e-6 if dtype == torch.float32 else 1e-12)
+    weighted = w[:-1].sqrt()[:, :, None] * error
+    assert weighted.abs().max() < (5e-6 if dtype == torch.float32 else 2e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 7, 32, 33, 64, 129])
+def test_rational_bits_depend_on_the_matrix_alone(n, dtype):
+    gram = gram_mixture(n, copies=2)
+    gram[5] = torch.nan
+    gram[9, -1, 0] = torch.inf
+    for center in (False, True):
+        h, m = rational(gram, dtype, center=center, threads=1)
+        for threads in (2, 5):
+            assert all(map(same_bits, rational(gram, dtype, True, center, threads), (h, m)))
+        h_alone, untouched = rational(gram, dtype, gradient=False, center=center)
+        assert same_bits(h_alone, h)
+        assert (untouched == 7).all()
+        order = torch.randperm(len(gram), generator=torch.Generator().manual_seed(1))
+        for batch in (1, 3, 9, len(gram)):
+            some = order[:batch]
+            found = rational(gram[some].contiguous(), dtype, center=center)
+            assert all(map(same_bits, found, (h[some], m[some])))
+
+
+@pytest.mark.parametrize("n", [1, 6, 32, 33, 50])
+def test_rational_centers_m(n):
+    gram = gram_mixture(n)[[0, 3, 4, 5, 11]]
+    (h, m), (h_centered, m_centered) = rational(gram), rational(gram, center=True)
+    assert torch.equal(h, h_centered)
+    expected = m - m.mean(1, keepdim=True)
+    expected = expected - expected.mean(2, keepdim=True)
+    size = m.abs().amax((1, 2), keepdim=True)
+    assert ((m_centered - expected).abs() <= 1e-14 * size).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 7, 32, 33, 65])
+def test_rational_nan_and_inf_stay_in_their_matrix(n, dtype, bad):
+    gram = gram_mixture(n)
+    h, m = rational(gram, dtype)
+    spoiled = gram.clone()
+    spoiled[3, -1, n // 2] = bad
+    spoiled[5] = bad
+    spoiled[7, 0, 0] = bad
+    h_bad, m_bad = rational(spoiled, dtype)
+    good = [i for i in range(len(gram)) if i not in (3, 5, 7)]
+    assert h_bad[[3, 5, 7]].isnan().all()
+    assert m_bad[[3, 5, 7]].isnan().all()
+    assert same_bits(h_bad[good], h[good])
+    assert same_bits(m_bad[good], m[good])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [4, 20, 32, 33, 80])
+def test_rational_widens_the_poles_of_an_indefinite_matrix(n, dtype):
+    """A Gram matrix worse than its type says costs digits; one that is none gives NaN."""
+    generator = torch.Generator().manual_seed(n)
+    w = torch.rand(n, dtype=torch.float64, generator=generator) + 0.5
+    w[0] = 0
+    exact = torch.special.entr(w / w.sum()).sum()
+    gram = gram_mixture(n)
+    expected = rational(gram, dtype)
+    for relative, widened in ((-1e-9, True), (-0.3, False)):
+        w[0] = relative * w.sum()
+        made = spectrum(w, generator)
+        gram[2] = (made + made.mT) / 2
+        h, m = rational(gram, dtype)
+        if widened:
+            assert (h[2] - exact).abs() < 1e-6
+            assert m[2].isfinite().all()
+        else:
+            assert h[2].isnan()
+            assert m[2].isnan().all()
+        others = torch.arange(len(gram)) != 2
+        assert same_bits(h[others], expected[0][others])
+        assert same_bits(m[others], expected[1][others])
+
+
+@pytest.mark.parametrize("n", [5, 32, 33, 70])
+def test_rational_reads_the_lower_triangle(n):
+    gram = gram_mixture(n)
+    poisoned = gram.tril() + torch.ones_like(gram).triu(1) * torch.nan
+    poisoned[:, torch.ones(n, n).tril().bool()] = gram[:, torch.ones(n, n).tril().bool()]
+    assert all(map(same_bits, rational(poisoned), rational(gram)))
+
+
+def test_rational_layers_of_any_sizes_in_one_call():
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.randint(1, 80, (25,), generator=generator).tolist()
+    layers = [gram_mixture(n, seed=i)[: 1 + 3 * i % 16] for i, n in enumerate(sizes)]
+    expected = [rational(gram, center=i % 2 == 0) for i, gram in enumerate(layers)]
+    hs = [torch.full(gram.shape[:1], 7.0, dtype=torch.float64) for gram in layers]
+    ms = [torch.full_like(gram, 7.0) for gram in layers]
+    calls = [
+        (gram.data_ptr(), h.data_ptr(), m.data_ptr(), *gram.shape[:2], i % 2 == 0)
+        for i, (gram, h, m) in enumerate(zip(layers, hs, ms, strict=True))
+    ]
+    _C.rational_cpu(calls, 8, *POLES[torch.float64], 3)
+    for h, m, found in zip(hs, ms, expected, strict=True):
+        assert all(map(same_bits, (h, m), found))
+    _C.rational_cpu([], 8, *POLES[torch.float64], 3)
+
+
+# ---- threads and forks --------------------------------------------------------------------------
+
+
+def test_all_kernels_from_several_python_threads_at_once():
+    """Each calling thread starts a team of its own."""
+    x = torch.randn(300, 40, 70, dtype=torch.float64)
+
+    def work():
+        location = x.new_empty(300, 2, 70)
+        scale, coefficient = x.new_empty(300), x.new_ones(300)
+        gram, out = x.new_empty(300, 40, 40), torch.empty_like(x)
+        sizes = x.data_ptr(), 8, 8, *x.stride()[:2], *x.shape
+        _C.location_scale(
+            *sizes, x.data_ptr(), x.stride(0), location.data_ptr(), scale.data_ptr(), 2
+        )
+        standard = location.data_ptr(), 140, 70, scale.data_ptr()
+        _C.gram(*sizes, *standard, True, gram.data_ptr(), 8, 2)
+        h, m = rational(gram, center=True)
+        _C.gram_backward(
+            m.data_ptr(), *sizes, *standard, coefficient.data_ptr(), True, out.data_ptr(), 2
+        )
+        return location, scale, gram, h, m, out, *eigh(gram)
+
+    expected = work()
+    assert all(t.isfinite().all() for t in expected)
+    results = [None] * 4
+
+    def repeat(i):
+        results[i] = [work() for _ in range(3)]
+
+    threads = [threading.Thread(target=repeat, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for found in results:
+        assert all(all(map(torch.equal, result, expected)) for result in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("used", [True, False], ids=["after a call", "before any call"])
+def test_a_forked_child_starts_threads_of_its_own(used):
+    """torch's OpenMP team, which the parent has started, does not survive the fork."""
+    code = f"""
+        import os, signal
+        import torch
+        from ses_kernels import _C, partial_fractions
+
+        torch.set_num_threads(2)
+        x = torch.randn(256, 40, 64, dtype=torch.float64)
+        scale, gram = x.new_ones(256), x.new_empty(256, 40, 40)
+        h, m, out = x.new_empty(256), torch.empty_like(gram), torch.empty_like(x)
+        sizes = x.data_ptr(), 8, 8, *x.stride()[:2], *x.shape
+        standard = 0, 0, 0, scale.data_ptr()
+        poles = partial_fractions.columns(torch.float64, torch.float64)
+        layer = gram.data_ptr(), h.data_ptr(), m.data_ptr(), 256, 40, False
+
+        def solve():
+            _C.gram(*sizes, *standard, True, gram.data_ptr(), 8, 2)
+            _C.rational_cpu([layer], 8, *poles, 2)
+            _C.gram_backward(
+                m.data_ptr(), *sizes, *standard, scale.data_ptr(), True, out.data_ptr(), 2
+            )
+
+        if {used}:
+            solve()
+        torch.randn(4_000_000).exp().sum()
+        child = os.fork()
+        if child == 0:  # only our code and no torch operation
+            signal.alarm(30)
+            solve()
+            os.write(1, out.numpy().tobytes()[:8])
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        solve()
+        os.write(1, out.numpy().tobytes()[:8])
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    assert len(result.stdout) == 16
+    assert result.stdout[:8] == result.stdout[8:]
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
 def test_empty_batch():
     w, v = eigh(torch.empty(0, 4, 4))
     assert w.shape == (0, 4)
@@ -238,6 +529,85 @@ def test_bad_arguments(arguments, message):
     good = {"a": x.data_ptr(), "w": x.data_ptr(), "v": x.data_ptr(), "batch": 1, "n": 2}
     with pytest.raises(ValueError, match=message):
         _C.eigh_cpu(**{**good, "itemsize": 4, "threads": 1, **arguments})
+
+
+SAMPLES = {
+    "x": 1, "x_itemsize": 4, "itemsize": 4, "matrix_stride": 6, "row_stride": 3,
+    "batch": 1, "rows": 2, "columns": 3,
+}  # fmt: skip
+STANDARD = {"location": 1, "location_stride": 6, "location_row_stride": 3, "scale": 1}
+ARGUMENTS = {  # 1 stands for an address
+    "location_scale": {
+        **SAMPLES, "anchor": 1, "anchor_stride": 3, "location": 1, "scale": 1, "threads": 1,
+    },
+    "gram": {
+        **SAMPLES, **STANDARD, "by_samples": True, "out": 1, "out_itemsize": 4, "threads": 1,
+    },
+    "gram_backward": {
+        "m": 1, **SAMPLES, **STANDARD, "coefficient": 1, "by_samples": True, "out": 1, "threads": 1,
+    },
+}  # fmt: skip
+BAD_SAMPLES = (
+    ({"x": 0}, "x must not be null"),
+    ({"batch": 0}, r"no axis empty, got \(0, 2, 3\)"),
+    ({"rows": -1}, r"no axis empty, got \(1, -1, 3\)"),
+    ({"columns": 0}, r"no axis empty, got \(1, 2, 0\)"),
+    ({"x_itemsize": 2}, "itemsize must be 4 .* got 2"),
+    ({"itemsize": 2}, "itemsize must be 4 .* got 2"),
+    ({"x_itemsize": 8}, "float64 samples are standardised in float64"),
+    ({"threads": 0}, "threads must be at least 1, got 0"),
+    ({"threads": -5}, "threads must be at least 1, got -5"),
+    ({"scale": 0}, "scale.* must not be null"),
+)
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "message"),
+    [
+        *((name, *bad) for name in ARGUMENTS for bad in BAD_SAMPLES),
+        ("location_scale", {"location": 0}, "location must not be null"),
+        ("gram", {"out": 0}, "out must not be null"),
+        ("gram", {"out_itemsize": 3}, "itemsize must be 4 .* got 3"),
+        ("gram_backward", {"m": 0}, "m.* must not be null"),
+        ("gram_backward", {"coefficient": 0}, "coefficient.* must not be null"),
+        ("gram_backward", {"out": 0}, "out must not be null"),
+    ],
+)
+def test_bad_arguments_of_the_gram_kernels(function, wrong, message):
+    x = torch.zeros(64)
+    addresses = ("x", "anchor", "location", "scale", "m", "coefficient", "out")
+    arguments = {
+        name: x.data_ptr() if value == 1 and name in addresses else value
+        for name, value in {**ARGUMENTS[function], **wrong}.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        getattr(_C, function)(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gram": 0}, "gram and h must not be null"),
+        ({"h": 0}, "gram and h must not be null"),
+        ({"n": 0}, r"n must be in \[1, \d+\] .* got 0"),
+        ({"n": -3}, "got -3"),
+        ({"batch": -1}, "batch must be .* got -1"),
+        ({"itemsize": 2}, "itemsize must be 4 .* got 2"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"t": [], "w": []}, "a multiple of 12 .* got 0 and 0"),
+        ({"t": [1.0] * 11, "w": [1.0] * 11}, "a multiple of 12 .* got 11 and 11"),
+        ({"t": [1.0] * 12, "w": [1.0] * 24}, "the same number .* got 12 and 24"),
+        ({"t": [1.0] * 48, "w": [1.0] * 48}, "at most 40, got 48 and 48"),
+    ],
+)
+def test_bad_arguments_of_the_rational_solver(wrong, message):
+    x = torch.eye(2, dtype=torch.float64)
+    c, t, w = POLES[torch.float64]
+    good = {"gram": x.data_ptr(), "h": x.data_ptr(), "m": 0, "batch": 1, "n": 2, "center": False}
+    good |= {"itemsize": 8, "c": c, "t": t, "w": w, "threads": 1}
+    layer, rest = list({**good, **wrong}.values())[:6], list({**good, **wrong}.values())[6:]
+    with pytest.raises(ValueError, match=message):
+        _C.rational_cpu([tuple(layer)], *rest)
 
 
 def test_limits_and_info():

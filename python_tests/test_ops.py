@@ -5,6 +5,9 @@ import torch
 
 from ses_kernels import ops
 
+without_extension = pytest.mark.skipif(
+    ops.EXTENSION_MISSING is not None, reason=str(ops.EXTENSION_MISSING)
+)
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 64, 64), (2, 65, 129), (1, 130, 300), (1, 2000, 300)]
 
 
@@ -42,7 +45,7 @@ def test_rows_equal_the_formula(shape, dtype, compute, center):
         assert (scale.log2() == scale.log2().round()).all()
         xs = exact * scale[:, None, None]
         expected = xs @ xs.mT if side == "samples" else xs.mT @ xs
-        gram = ops.gram(x, location, scale, side, backend)
+        gram = ops.gram(x, location, scale, side, compute, backend)
         size = expected.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None] + 1e-300
         assert ((gram - expected).abs() <= 32 * eps * size).all()
         m = torch.randn(gram.shape, dtype=compute)
@@ -56,13 +59,191 @@ def test_rows_equal_the_formula(shape, dtype, compute, center):
         assert ((got - expected).abs() <= tolerance).all()
 
 
-def test_columns_with_gaps_and_negative_space():
-    """Rows that are not dense go through torch operations, to the same result."""
-    x = torch.randn(2, 6, 20)[:, :, ::2]
-    location, scale = ops.location_scale(x, x[:, :1], torch.float32, "auto")
-    dense = x.contiguous()
-    got = ops.gram(x, location, scale, "samples", "auto")
-    torch.testing.assert_close(got, ops.gram(dense, location, scale, "samples", "auto"))
+def backends(x):
+    """Those that can run on x."""
+    readable = x.dtype in (torch.float32, torch.float64) and x.stride(2) == 1
+    fused = ("fused",) if readable and ops.EXTENSION_MISSING is None else ()
+    return ("auto", "torch", *fused)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gram_in_float64_of_narrower_samples(shape, dtype, center):
+    """Location and scale are float32; the products are as accurate as of float64 samples."""
+    x = inputs(shape, dtype)
+    side = "samples" if shape[1] <= shape[2] else "features"
+    location, scale = ops.location_scale(x, x[:, :1] if center else x[:, :0], torch.float32, "auto")
+    xs = ops.standardize(x, location.double(), scale.double())
+    expected = xs @ xs.mT if side == "samples" else xs.mT @ xs
+    size = expected.diagonal(dim1=1, dim2=2).sqrt()
+    size = size[:, :, None] * size[:, None, :]
+    depth = shape[2] if side == "samples" else shape[1]
+    for backend in backends(x):
+        gram = ops.gram(x, location, scale, side, torch.float64, backend)
+        assert gram.dtype == torch.float64
+        if backend == "fused":  # BLAS rounds the two halves differently
+            assert torch.equal(gram, gram.mT)
+        assert ((gram - expected).abs() <= (8 + depth / 2) * 2**-52 * size).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("side", ["samples", "features"])
+def test_samples_of_any_strides(side, dtype):
+    """Rows with gaps between them are read where they lie, others go through torch operations."""
+    compute = torch.promote_types(dtype, torch.float32)
+    dense = torch.randn(3, 6, 70).to(dtype) + 3
+    padded = torch.full((3, 9, 90), torch.nan, dtype=dtype)[:, 2:8, 11:81].copy_(dense)
+    spread = torch.full((3, 6, 140), torch.nan, dtype=dtype)[:, :, ::2].copy_(dense)
+    transposed = dense.mT.contiguous().mT
+    swapped = dense.transpose(0, 1).contiguous().transpose(0, 1)
+    one = dense[:1].expand(3, 6, 70)
+    n = 6 if side == "samples" else 70
+    m = torch.randn(3, n, n, dtype=compute)
+    m = m + m.mT
+    coefficient = torch.rand(3, dtype=compute)
+
+    def results(x, backend):
+        location, scale = ops.location_scale(x, x[:, :1], compute, backend)
+        gram = ops.gram(x, location, scale, side, compute, backend)
+        gradient = ops.gram_backward(m, x, location, scale, coefficient, side, backend)
+        assert gradient.is_contiguous()
+        return location, scale, gram, gradient
+
+    for x in (padded, spread, transposed, swapped, one):
+        assert not x.is_contiguous()
+        for backend in backends(x):
+            same_backend = "torch" if x.stride(2) != 1 else backend
+            expected = results(x.contiguous(), same_backend)
+            for got, other in zip(results(x, backend), expected, strict=True):
+                torch.testing.assert_close(got, other)
+
+
+def test_small_operands_of_any_strides():
+    """vmap hands over expanded ones: a stride of 0 between the matrices of a batch."""
+    x = torch.randn(4, 5, 9)
+    location, scale = ops.location_scale(x[:1], x[:1, :1], torch.float32, "auto")
+    m = torch.randn(1, 5, 5)
+    m = m + m.mT
+    coefficient = torch.rand(1)
+
+    def expanded(t):
+        return t.expand(4, *t.shape[1:])
+
+    def gapped(t):
+        wide = torch.full([2 * size for size in (4, *t.shape[1:])], torch.nan)
+        return wide[(slice(None, None, 2),) * t.dim()].copy_(expanded(t))
+
+    dense = [expanded(t).contiguous() for t in (m, location, scale, coefficient)]
+    for backend in backends(x):
+        gram = ops.gram(x, dense[1], dense[2], "samples", torch.float64, backend)
+        gradient = ops.gram_backward(dense[0], x, *dense[1:], "samples", backend)
+        for form in (expanded, gapped):
+            m1, location1, scale1, coefficient1 = map(form, (m, location, scale, coefficient))
+            got = ops.gram(x, location1, scale1, "samples", torch.float64, backend)
+            assert torch.equal(got, gram)
+            got = ops.gram_backward(m1, x, location1, scale1, coefficient1, "samples", backend)
+            assert torch.equal(got, gradient)
+
+
+@without_extension
+def test_fused_says_what_it_cannot_read():
+    half, gaps = torch.randn(2, 3, 4).half(), torch.randn(2, 3, 8)[:, :, ::2]
+    scale = torch.ones(2)
+    for x, why in ((half, "float16"), (gaps, "rows without gaps")):
+        with pytest.raises(RuntimeError, match=f"cannot run.*{why}"):
+            ops.location_scale(x, x[:, :1], torch.float32, "fused")
+        with pytest.raises(RuntimeError, match=f"cannot run.*{why}"):
+            ops.gram(x, scale.new_empty(2, 0, 4), scale, "samples", torch.float64, "fused")
+    with pytest.raises(RuntimeError, match=r"float64 Gram matrices, not torch\.float32"):
+        ops.rational([torch.eye(3)[None]], [True], torch.float32, True, "fused")
+
+
+# ---- the rational solver ------------------------------------------------------------------------
+
+
+def grams(n):  # (b, n, n), float64: full rank, rank 1 and 3, repeated eigenvalues, nothing, NaN
+    x = torch.randn(2, n, n, dtype=torch.float64)
+    low = torch.randn(n, 3, dtype=torch.float64)
+    q = torch.linalg.qr(x[0])[0]
+    k = torch.stack([
+        x[0] @ x[0].mT, low[:, :1] @ low[:, :1].mT, low @ low.mT, torch.eye(n, dtype=torch.float64),
+        (q * (1.0 + torch.arange(n) % 3)) @ q.mT, torch.zeros(n, n, dtype=torch.float64),
+        torch.full((n, n), torch.nan, dtype=torch.float64), x[1] @ x[1].mT * 1e-30,
+    ])  # fmt: skip
+    return (k + k.mT) / 2
+
+
+def exact_rational(gram, center):
+    """H and K M, which no round-off in a null space disturbs, from eigenvalues in float64."""
+    trace = gram.diagonal(dim1=1, dim2=2).sum(-1)
+    w, v = torch.linalg.eigh(gram / trace[:, None, None])
+    w = w.clamp_min(1e-300)
+    h = torch.special.entr(w).sum(-1)
+    m = (v * -(w.log() + h[:, None])[:, None]) @ v.mT
+    if center:
+        m = m - m.mean(1, keepdim=True)
+        m = m - m.mean(2, keepdim=True)
+    return h, m / trace[:, None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rational_rows_equal_the_eigendecomposition(dtype):
+    """Layers of several sizes in one call, some centred."""
+    sizes, center = (1, 5, 32, 33, 70), [True, False, True, False, True]
+    layers = [grams(n) for n in sizes]
+    rows = ("auto", "torch") if ops.EXTENSION_MISSING else ("auto", "torch", "fused")
+    for backend in rows:
+        found = ops.rational(layers, center, dtype, True, backend)
+        alone = ops.rational(layers, center, dtype, False, backend)
+        for i, (n, gram, centered) in enumerate(zip(sizes, layers, center, strict=True)):
+            h, m = found[i], found[len(sizes) + i]
+            assert (h.dtype, m.dtype, m.shape) == (torch.float64, dtype, gram.shape)
+            assert torch.equal(alone[i].nan_to_num(7.0), h.nan_to_num(7.0))
+            assert alone[len(sizes) + i].numel() == 0
+            assert h[5] == 0
+            assert (m[5] == 0).all()
+            assert h[6].isnan()
+            assert m[6].isnan().all()
+            good = [0, 3, 4, 7]  # of full rank
+            h64, m64 = exact_rational(gram[good], centered)
+            stated = n * (1.5e-12 if dtype == torch.float32 else 5e-15)
+            assert ((h[good] - h64).abs() <= stated).all()
+            size = m64.abs().amax((1, 2)) + 1 / gram[good].diagonal(dim1=1, dim2=2).sum(-1)
+            error = (m[good].double() - m64).abs().amax((1, 2)) / size
+            assert error.max() <= (1e-6 if dtype == torch.float32 else 1e-8)
+            # rank 1 and 3
+            assert (
+                (h[1:3] - exact_rational(gram[1:3], False)[0]).abs() <= stated + 1e-13 * n
+            ).all()
+
+
+def test_rational_rows_on_float32_grams():
+    """The set of poles for CUDA, on the torch row."""
+    gram = grams(40)[[0, 3, 4]]
+    h, m = ops.rational([gram.float()], [False], torch.float32, True, "auto")
+    h64, m64 = exact_rational(gram, False)
+    assert h.dtype == m.dtype == torch.float32
+    torch.testing.assert_close(h.double(), h64, rtol=0, atol=2e-5)
+    # K M: sup |x e(x)| <= sup |x^(1/2) e(x)| = 4e-8 for eigenvalues x of P, and round-off
+    torch.testing.assert_close(gram @ m.double(), gram @ m64, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_rational_of_an_indefinite_matrix_is_nan(n):
+    """Not the garbage of a factorisation that failed; and its neighbours do not notice."""
+    gram = grams(n)[[0, 3, 4]]
+    expected = ops.rational([gram], [False], torch.float64, True, "auto")
+    spoiled = gram.clone()
+    spoiled[1] = -torch.eye(n, dtype=torch.float64)
+    spoiled[1, 0, 0] = 2 * n
+    rows = ("torch",) if ops.EXTENSION_MISSING else ("torch", "fused")
+    for backend in rows:
+        h, m = ops.rational([spoiled], [False], torch.float64, True, backend)
+        assert h[1].isnan()
+        assert m[1].isnan().all()
+        torch.testing.assert_close(h[::2], expected[0][::2], rtol=1e-13, atol=0)
+        assert m[::2].isfinite().all()
 
 
 def test_power_of_two():

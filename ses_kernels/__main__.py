@@ -8,9 +8,7 @@ import platform
 import torch
 
 import ses_kernels
-from ses_kernels import ops, solvers
-
-_SIZES = (8, 32, 64, 128, 256, 512)
+from ses_kernels import crossover, ops
 
 
 def main() -> None:
@@ -24,24 +22,47 @@ def main() -> None:
         info = ops._C.info()
         cuda = ", ".join(f"sm_{a}" for a in info["cuda_archs"]) or "built without CUDA"
         print(f"  extension   CPU {info['simd']}; CUDA {info['cuda_version'] or '-'}: {cuda}")
-    _device(torch.device("cpu"), "CPU", None)
+    _device(torch.device("cpu"), "CPU", ops.EXTENSION_MISSING, "the extension (float32, float64)")
     if not torch.cuda.is_available():
         print("cuda        missing: torch.cuda.is_available() is False")
     for index in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(index)
-        _device(torch.device("cuda", index), name, ops.triton_missing(index))
+        triton = "Triton (float32 and half inputs)"
+        _device(torch.device("cuda", index), name, ops.triton_missing(index), triton)
+    _table()
 
 
-def _device(device: torch.device, name: str, triton_missing: str | None) -> None:
-    kernels = "torch (BLAS)" if device.type == "cpu" else "Triton (float32 and half inputs)"
+def _device(device: torch.device, name: str, missing: str | None, kernels: str) -> None:
     print(f"{device!s:11} {name}")
-    print(f"  Gram        {f'torch: {triton_missing}' if triton_missing else kernels}")
+    print(f"  Gram        {f'torch: {missing}' if missing else kernels}")
     for dtype in (torch.float32, torch.float64):
         limit = ops.eigh_limit(device.type, device.index, dtype.itemsize)
         eigh = f"extension for n <= {limit}, above it " if limit else ""
-        chosen = ", ".join(f"{n}: {solvers.choose(device, dtype, n)}" for n in _SIZES)
-        print(f"  {str(dtype).removeprefix('torch.')}     eigh: {eigh}torch.linalg.eigh")
-        print(f"              solver='auto' by n: {chosen}")
+        print(f"  {_name(dtype):11} eigh: {eigh}torch.linalg.eigh")
+
+
+def _table() -> None:
+    """crossover.py in words: which solver, and which eigh, for matrices of n x n."""
+    print('solver="auto", n = min(B, d)')
+    for device, facts in crossover.MEASURED.items():
+        print(f"  {device:11} {', '.join(f'{key}: {value}' for key, value in facts.items())}")
+        _rows("rational", "eigh", device, crossover.RATIONAL)
+        _rows("extension's eigh", "torch.linalg.eigh", device, crossover.EIGH)
+
+
+def _rows(winner: str, other: str, device: str, table: dict) -> None:
+    for (row_device, dtype), rows in table.items():
+        if row_device == device:
+            sizes = [
+                f"n <= {n}" + (f" from batch {batch} on" if batch > 1 else "")
+                for n, batch in rows.items()
+            ]
+            won = f"{winner} for {', '.join(sizes)}, else " if rows else ""
+            print(f"    {_name(dtype):9} {won}{other}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str:

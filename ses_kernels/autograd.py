@@ -68,16 +68,10 @@ class SpectralEntropyFunction(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def forward(options, *xs):  # L x (b, B, d)
-        located = [_locate(x, options) for x in xs]
-        entropies, ms = zip(*_solve_by_size(xs, located, options), strict=True)
-        ms = [
-            _double_center(m)
-            if options.gradient and options.center and _side(x, options) == "samples"
-            else m
-            for m, x in zip(ms, xs, strict=True)
-        ]
+        layers = [_layer(x, options) for x in xs]
+        entropies, ms = zip(*solvers.solve(layers, options), strict=True)
         entropies = [h.to(_result_dtype(x)) for h, x in zip(entropies, xs, strict=True)]
-        locations, scales = zip(*located, strict=True)
+        locations, scales = [y.location for y in layers], [y.scale for y in layers]
         return (*entropies, *ms, *locations, *scales)
 
     @staticmethod
@@ -204,48 +198,25 @@ def _locate(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def _gram(x: Tensor, location: Tensor, scale: Tensor, options: Options) -> Tensor:  # -> (b, n, n)
-    gram = ops.gram(x, location, scale, _side(x, options), options.backend)
+    side = _side(x, options)
+    n = x.shape[1] if side == "samples" else x.shape[2]
+    dtype = solvers.gram_dtype(x, scale.dtype, n, options)
+    gram = ops.gram(x, location, scale, side, dtype, options.backend)
     if options.group is not None:
         torch.distributed.all_reduce(gram, group=options.group)
     return gram
 
 
-def _double_center(m: Tensor) -> Tensor:  # (b, n, n)
-    """J M J, J = I - 11^T / n: 1 is in the null space of K, where M is the log of rounding."""
-    row = m.mean(-1)
-    row -= row.mean(-1, keepdim=True) / 2
-    return m.sub_(row[:, :, None]).sub_(row[:, None, :])  # m is this call's own
+def _layer(x: Tensor, options: Options) -> solvers.Layer:
+    """What the solvers need.
 
-
-def _solve_by_size(xs, located, options):
-    """[(H, M)] of each layer, one solver call for all layers of equal n and dtype."""
-    solved: list = [None] * len(xs)
-    groups: list[tuple[list[int], list[Tensor]]] = []  # layers and their Gram matrices
-    for i, (x, (location, scale)) in enumerate(zip(xs, located, strict=True)):
-        if solvers.needs_svd(x, options):
-            spectrum = solvers.singular_spectrum(
-                x, location, scale, _side(x, options), options.gradient
-            )
-            solved[i] = solvers.from_spectrum(*spectrum, options.power, options.order)
-            continue
-        gram = _gram(x, location, scale, options)
-        for layers, grams in groups:  # a search, not a dict: n may be symbolic under torch.compile
-            if grams[0].shape[1:] == gram.shape[1:] and grams[0].dtype == gram.dtype:
-                layers.append(i)
-                grams.append(gram)
-                break
-        else:
-            groups.append(([i], [gram]))
-    for layers, grams in groups:
-        if len(layers) == 1:
-            solved[layers[0]] = solvers.solve(grams[0], options)
-            continue
-        sizes = [g.shape[0] for g in grams]
-        h, m = solvers.solve(torch.cat(grams), options)
-        parts = (torch.unsafe_split_with_sizes(t, sizes) for t in (h, m))  # outputs, so no views
-        for i, *part in zip(layers, *parts, strict=True):
-            solved[i] = part
-    return solved
+    On the samples' side 1 is in the null space of K: M there is the log of rounding, and J M J,
+    J = I - 11^T / n, is what the gradient needs.
+    """
+    location, scale = _locate(x, options)
+    side = _side(x, options)
+    gram = None if solvers.needs_svd(x, options) else _gram(x, location, scale, options)
+    return solvers.Layer(x, location, scale, side, gram, options.center and side == "samples")
 
 
 @_without_autocast
@@ -260,26 +231,27 @@ def _gradient(options, g, x, m, location, scale) -> Tensor:  # -> (b, B, d) in x
 def _hessian_product(options, v, x, m, location, scale) -> Tensor:  # v (b, B, d) -> (b, B, d)
     """(d2H/dx2) v, the derivative of dH/dx = 2 M(K) Xc along v: 2 DM[dK] Xc + 2 M dXc."""
     side = _side(x, options)
-    xs = ops.standardize(x, location, scale)
-    vs = v.to(xs.dtype) * scale[:, None, None]
-    if options.center:
-        vs = vs - vs.mean(1, keepdim=True)
+    if solvers.needs_svd(x, options):
+        w, q, noise = solvers.singular_spectrum(x, location, scale, side)
+    else:
+        w, q, noise = solvers.spectrum(_gram(x, location, scale, options), options)
+    scale = scale.to(q.dtype)
+    xs = ops.standardize(x, location.to(q.dtype), scale)
+    vs = v.to(q.dtype) * scale[:, None, None]
+    if options.center:  # exactly: 1 is in the null space, where the divided differences are largest
+        xs, vs = (y - y.mean(1, keepdim=True) for y in (xs, vs))
     if side == "features":
         xs, vs = xs.mT, vs.mT
     # dK = Vc Xc^T + Xc Vc^T
     dk = vs @ xs.mT
     dk = dk + dk.mT
-    if solvers.needs_svd(x, options):
-        w, q, noise = solvers.singular_spectrum(x, location, scale, side)
-    else:
-        w, q, noise = solvers.spectrum(_gram(x, location, scale, options), options)
     # DM[dK] = Q (Gamma o (Q^T dK Q) + diag(shared)) Q^T, the Daleckii-Krein formula
     e = q.mT @ dk @ q
     gamma, shared = entropy.second_derivative(
         w, e.diagonal(dim1=-2, dim2=-1), options.power, options.order, noise
     )
     dm = q @ (gamma * e + torch.diag_embed(shared)) @ q.mT
-    out = 2 * scale[:, None, None] * (dm @ xs + m @ vs)
+    out = 2 * scale[:, None, None] * (dm @ xs + m.to(q.dtype) @ vs)
     if side == "features":
         out = out.mT
     return out - out.mean(1, keepdim=True) if options.center else out

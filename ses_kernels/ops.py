@@ -3,6 +3,8 @@
     location_scale  where x lies and how large it is, in one pass
     gram            K of the standardised x
     gram_backward   the product of a symmetric n x n matrix with the standardised x
+    rational        H and M = dH/dK of Gram matrices, by partial fractions of the logarithm; with
+                    ``center``, J M J, J = I - 11^T / n
     eigh            eigenvalues and eigenvectors of a batch of symmetric matrices
 
 x is (b, B, d). Standardised: Xs = ((x - first row) - mean offset) * scale, in the compute dtype
@@ -18,6 +20,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from ses_kernels import crossover, partial_fractions
 
 try:
     import ses_kernels._C as _C
@@ -64,6 +68,10 @@ def eigh_limit(device_type: str, index: int | None, itemsize: int) -> int:
     if device_type == "cpu":
         return _C.max_n_cpu(itemsize)
     return _C.max_n_cuda(index, itemsize) if device_type == "cuda" else 0
+
+
+def float64_is_cheap(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _gram_missing(x: Tensor, compute: torch.dtype) -> str | None:
@@ -113,7 +121,7 @@ def _blocks(x: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
             yield slice(i, i + matrices), slice(j, j + along)
 
 
-def _standardized_blocks(x, location, scale, side, standardize) -> Iterator[tuple]:
+def _standardized_blocks(x, location, scale, side) -> Iterator[tuple]:
     """(matrices, rows, columns, Xs there), cut along the axis that the Gram matrix contracts."""
     for matrices, part in _blocks(x, 2 if side == "samples" else 1):
         rows, columns = (slice(None), part) if side == "samples" else (part, slice(None))
@@ -146,11 +154,12 @@ def power_of_two(largest: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), -exponent)
 
 
-def _gram_torch(x, location, scale, side, backend, standardize=standardize):
+def _gram_torch(x, location, scale, side, dtype, backend):
     n = x.shape[1] if side == "samples" else x.shape[2]
-    gram = x.new_empty(x.shape[0], n, n, dtype=scale.dtype)
+    gram = x.new_empty(x.shape[0], n, n, dtype=dtype)
+    location, scale = location.to(dtype), scale.to(dtype)
     strip = max(_STRIP, -(-n // 4))
-    for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side, standardize):
+    for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side):
         left = xs if side == "samples" else xs.mT
         first = not (rows.start or columns.start)
         for i in range(0, n, strip):  # rows up to the diagonal: the rest is their mirror image
@@ -162,12 +171,10 @@ def _gram_torch(x, location, scale, side, backend, standardize=standardize):
     return gram
 
 
-def _gram_backward_torch(
-    m, x, location, scale, coefficient, side, backend, standardize=standardize
-):
+def _gram_backward_torch(m, x, location, scale, coefficient, side, backend):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     m = m * coefficient[:, None, None]  # into scale it would square the size of x: out of range
-    for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side, standardize):
+    for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side):
         factors = (m[matrices], xs) if side == "samples" else (xs, m[matrices])
         block = out[matrices, rows, columns]
         if x.dtype == scale.dtype:
@@ -175,6 +182,22 @@ def _gram_backward_torch(
         else:
             block.copy_(torch.bmm(*factors))
     return out
+
+
+def double_center(m: Tensor) -> Tensor:  # (b, n, n), in place
+    """J M J, J = I - 11^T / n."""
+    row = m.mean(-1)
+    row -= row.mean(-1, keepdim=True) / 2
+    return m.sub_(row[:, :, None]).sub_(row[:, None, :])
+
+
+def _rational_torch(grams, center, dtype, gradient, backend):
+    hs, ms = [], []
+    for gram, centered in zip(grams, center, strict=True):
+        h, m = partial_fractions.entropy(gram, dtype)
+        hs.append(h)
+        ms.append((double_center(m) if centered else m).to(dtype))
+    return hs + (ms if gradient else [m.new_empty(m.shape[0], 0, 0) for m in ms])
 
 
 def _eigh_torch(a, backend):
@@ -200,46 +223,119 @@ def _without_nan(a):
 # ---- kernel rows ----------------------------------------------------------------------------
 
 
-def _dense_rows(x: Tensor, compute: torch.dtype) -> bool:
-    """Whether the extension reads x as it lies; x in half precision goes to torch operations."""
-    return _C is not None and x.dtype == compute and x.stride(2) == 1
+def _samples_missing(x: Tensor) -> str | None:
+    """Why the extension cannot read x as it lies."""
+    if EXTENSION_MISSING:
+        return EXTENSION_MISSING
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"the CPU kernels read float32 and float64 samples, and got {x.dtype}"
+    return None if x.stride(2) == 1 else "the CPU kernels read rows without gaps"
+
+
+def _samples(x: Tensor, compute: torch.dtype) -> tuple[int, ...]:
+    return x.data_ptr(), x.element_size(), compute.itemsize, x.stride(0), x.stride(1), *x.shape
+
+
+def _standard(location: Tensor, scale: Tensor) -> tuple[int, ...]:
+    address = location.data_ptr() if location.shape[1] else 0
+    return address, *location.stride()[:2], scale.data_ptr()
 
 
 def _location_scale_cpu(x, anchor, dtype, backend):
-    if backend == "torch" or not _dense_rows(x, dtype):
+    if not _fused(backend, _samples_missing(x) or _samples_missing(anchor)):
         return _location_scale_torch(x, anchor, dtype, backend)
     location, scale = _location_scale_fake(x, anchor, dtype, backend)
-    if anchor.shape[1]:
-        location[:, :1] = anchor
-    kernel = _C.location_scale_float32 if dtype == torch.float32 else _C.location_scale_float64
-    kernel(
-        x.data_ptr(), x.stride(0), x.stride(1), *x.shape,
-        location.data_ptr() if anchor.shape[1] else 0, scale.data_ptr(),
+    _C.location_scale(
+        *_samples(x, dtype), anchor.data_ptr() if anchor.shape[1] else 0, anchor.stride(0),
+        location.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return location, scale
 
 
-def _standardize_cpu(x, location, scale):
-    if not _dense_rows(x, scale.dtype):
-        return standardize(x, location, scale)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    kernel = _C.standardize_float32 if x.dtype == torch.float32 else _C.standardize_float64
-    kernel(
-        x.data_ptr(), x.stride(0), x.stride(1), *x.shape,
-        location.data_ptr() if location.shape[1] else 0, *location.stride()[:2],
-        scale.data_ptr(), out.data_ptr(),
+def _gram_cpu(x, location, scale, side, dtype, backend):
+    if not _fused(backend, _samples_missing(x)):
+        return _gram_torch(x, location, scale, side, dtype, backend)
+    location, scale = location.contiguous(), scale.contiguous()
+    gram = _gram_fake(x, location, scale, side, dtype, backend)
+    _C.gram(
+        *_samples(x, scale.dtype), *_standard(location, scale), side == "samples",
+        gram.data_ptr(), gram.element_size(), torch.get_num_threads(),
+    )  # fmt: skip
+    return gram
+
+
+def _gram_backward_cpu(m, x, location, scale, coefficient, side, backend):
+    if not _fused(backend, _samples_missing(x)):
+        return _gram_backward_torch(m, x, location, scale, coefficient, side, backend)
+    m, coefficient = m.contiguous(), coefficient.contiguous()
+    location, scale = location.contiguous(), scale.contiguous()
+    out = _gram_backward_fake(m, x, location, scale, coefficient, side, backend)
+    _C.gram_backward(
+        m.data_ptr(), *_samples(x, scale.dtype), *_standard(location, scale),
+        coefficient.data_ptr(), side == "samples", out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _gram_cpu(x, location, scale, side, backend):
-    rows = standardize if backend == "torch" else _standardize_cpu
-    return _gram_torch(x, location, scale, side, backend, rows)
+def _rational_missing(grams: list[Tensor]) -> str | None:
+    if EXTENSION_MISSING:
+        return EXTENSION_MISSING
+    for gram in grams:
+        if gram.dtype != torch.float64:
+            return f"the CPU's rational solver takes float64 Gram matrices, not {gram.dtype}"
+    return None
 
 
-def _gram_backward_cpu(m, x, location, scale, coefficient, side, backend):
-    rows = standardize if backend == "torch" else _standardize_cpu
-    return _gram_backward_torch(m, x, location, scale, coefficient, side, backend, rows)
+def _rational_cpu(grams, center, dtype, gradient, backend):
+    if not _fused(backend, _rational_missing(grams)):
+        return _rational_torch(grams, center, dtype, gradient, backend)
+    outputs = _rational_fake(grams, center, dtype, gradient, backend)
+    grams = [gram.contiguous() for gram in grams]
+    _C.rational_cpu(
+        _layers(grams, center, outputs), dtype.itemsize,
+        *partial_fractions.columns(grams[0].dtype, dtype), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+@functools.cache
+def rational_limit_cuda(device: int) -> int:
+    return 0 if _C is None else _C.max_n_rational_cuda(device)
+
+
+def _rational_missing_cuda(grams: list[Tensor], dtype: torch.dtype) -> str | None:
+    limit = rational_limit_cuda(grams[0].device.index)
+    if EXTENSION_MISSING or limit == 0:
+        return EXTENSION_MISSING or "the extension was built without cuda kernels"
+    for gram in grams:
+        if gram.dtype != torch.float32 or dtype != torch.float32:
+            return "the rational solver on cuda computes in float32, and this call in float64"
+        if gram.shape[1] > limit:
+            return f"n = {gram.shape[1]} exceeds the rational kernel's limit of {limit} on cuda"
+    return None
+
+
+def _rational_cuda(grams, center, dtype, gradient, backend):
+    if not _fused(backend, _rational_missing_cuda(grams, dtype)):
+        return _rational_torch(grams, center, dtype, gradient, backend)
+    outputs = _rational_fake(grams, center, dtype, gradient, backend)
+    grams = [gram.contiguous() for gram in grams]
+    layers = _layers(grams, center, outputs)
+    poles = partial_fractions.columns(torch.float32, torch.float32)
+    device = grams[0].device
+    workspace = grams[0].new_empty(_C.rational_cuda_workspace(layers, *poles, device.index))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    _C.rational_cuda(layers, *poles, workspace.data_ptr(), device.index, stream)
+    return outputs
+
+
+def _layers(grams, center, outputs) -> list[tuple]:
+    """Addresses and sizes as the extension takes them; the address of an empty M is 0."""
+    hs, ms = outputs[: len(grams)], outputs[len(grams) :]
+    return [
+        (gram.data_ptr(), h.data_ptr(), m.data_ptr(), *gram.shape[:2], centered)
+        for gram, h, m, centered in zip(grams, hs, ms, center, strict=True)
+    ]
 
 
 def _location_scale_cuda(x, anchor, dtype, backend):
@@ -252,9 +348,9 @@ def _location_scale_cuda(x, anchor, dtype, backend):
     return x.new_empty(x.shape[0], 0, x.shape[2], dtype=dtype), gram.location_scale(x, None)[1]
 
 
-def _gram_cuda(x, location, scale, side, backend):
-    if not _fused(backend, _gram_missing(x, scale.dtype)):
-        return _gram_torch(x, location, scale, side, backend)
+def _gram_cuda(x, location, scale, side, dtype, backend):
+    if not _fused(backend, _gram_missing(x, dtype)):
+        return _gram_torch(x, location, scale, side, dtype, backend)
     from ses_kernels.kernels import gram
 
     return gram.gram(x, location if location.shape[1] else None, scale, side)
@@ -273,15 +369,10 @@ def _eigh_outputs(a):  # eigenvectors as rows: transposed, that is torch.linalg.
     return a.new_empty(a.shape[:-1]), torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
-# (n, batch): up to this n, and from this batch on, lanes across matrices beat LAPACK on one matrix
-# after the other (bench/bench_eigh.py). backend="fused" ignores it.
-_EIGH_CROSSOVER = ((32, 1), (48, 2), (96, 3), (128, 5))
-
-
 def _eigh_fused(a: Tensor, backend: str) -> bool:
     fused = _fused(backend, _eigh_missing(a))
-    if fused and backend == "auto" and a.device.type == "cpu":
-        return any(a.shape[1] <= n and a.shape[0] >= batch for n, batch in _EIGH_CROSSOVER)
+    if fused and backend == "auto":
+        return crossover.eigh_wins(a.device.type, a.dtype, a.shape[1], a.shape[0])
     return fused
 
 
@@ -320,13 +411,20 @@ def _location_scale_fake(x, anchor, dtype, backend):
     )
 
 
-def _gram_fake(x, location, scale, side, backend):
+def _gram_fake(x, location, scale, side, dtype, backend):
     n = x.shape[1] if side == "samples" else x.shape[2]
-    return scale.new_empty(x.shape[0], n, n)
+    return x.new_empty(x.shape[0], n, n, dtype=dtype)
 
 
 def _gram_backward_fake(m, x, location, scale, coefficient, side, backend):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _rational_fake(grams, center, dtype, gradient, backend):
+    sizes = [gram.shape if gradient else (gram.shape[0], 0, 0) for gram in grams]
+    return [gram.new_empty(gram.shape[0]) for gram in grams] + [
+        gram.new_empty(size, dtype=dtype) for gram, size in zip(grams, sizes, strict=True)
+    ]
 
 
 def _eigh_fake(a, backend):
@@ -344,7 +442,7 @@ _register(
 )
 _register(
     "gram",
-    "(Tensor x, Tensor location, Tensor scale, str side, str backend) -> Tensor",
+    "(Tensor x, Tensor location, Tensor scale, str side, ScalarType dtype, str backend) -> Tensor",
     fake=_gram_fake,
     default=_gram_torch,
     CPU=_gram_cpu,
@@ -360,6 +458,14 @@ _register(
     CUDA=_gram_backward_cuda,
 )
 _register(
+    "rational",
+    "(Tensor[] grams, bool[] center, ScalarType dtype, bool gradient, str backend) -> Tensor[]",
+    fake=_rational_fake,
+    default=_rational_torch,
+    CPU=_rational_cpu,
+    CUDA=_rational_cuda,
+)
+_register(
     "eigh",
     "(Tensor a, str backend) -> (Tensor, Tensor)",
     fake=_eigh_fake,
@@ -371,6 +477,7 @@ _register(
 location_scale = torch.ops.ses_kernels.location_scale.default
 gram = torch.ops.ses_kernels.gram.default
 gram_backward = torch.ops.ses_kernels.gram_backward.default
+rational = torch.ops.ses_kernels.rational.default
 eigh = torch.ops.ses_kernels.eigh.default
 
 

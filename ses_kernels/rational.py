@@ -1,19 +1,29 @@
-"""Near-minimax coefficients of log x ~ c - sum_j w_j / (x + t_j) on (0, 1], all t_j, w_j > 0.
+"""Near-minimax coefficients of log x ~ c - sum_j w_j / (x + t_j) on [0, 1], all t_j, w_j > 0.
 
-The error e(x) of a set is smallest in sup |x^a e(x)|: a = 1 is what the entropy needs, a = 1/2 what
-its gradient needs. The smallest pole matches the precision of the Gram matrix: rounding moves its
-eigenvalues by some n eps, and P + t_1 I must stay positive definite.
+A set minimises sup |x^a e(x)|, e its error: a = 1 is what the entropy of the eigenvalues x of
+P = K / tr K needs, a = 1/2 what its gradient needs. Each ends where the Gram matrix K does:
 
-Method: weighted Remez exchange in 60 digits. The rate exp(-2 pi sqrt m) on [0, 1] is that of
-Gonchar and Stahl for functions with a branch point; for matrix logarithms by partial fractions see
-Hale, Higham & Trefethen, SIAM J. Numer. Anal. 46 (2008).
+- float32 K: rounding moves the eigenvalues of P by some n eps, below 0 where P is singular, and
+  P + t_1 I has to stay positive definite. So the poles reach down to 1.7e-6 only, and a = 1/2
+  spends them on the gradient.
+- float64 K, float32 result: sup |x e(x)| = 1.4e-12 is beyond what float32 shows of H, and
+  t_1 = 2.4e-11 keeps the gradient right on eigenvalues below the eps of float32.
+- float64 K and result: 1.5e-15, 1.8e-15 with the numbers themselves rounded, is at round-off.
+
+The smallest pole bounds the error. For t_1 << 1 only x / t_1 matters near 0, so that however many
+poles there are, sup |x^a e(x)| >= 0.0607 t_1 (a = 1) or 0.2047 t_1^(1/2) (a = 1/2) on [0, 1], which
+the best sets attain. Where K is worse than its type, log x = log(x / s) + log s gives the set
+s t_j, s w_j, c + log s with s^a times the error: no set with s t_1 for its smallest pole is better.
+
+The numbers, correctly rounded, are the output of tools/rational_coefficients.py, which derives them
+and has the sources.
 """
 
 import torch
 
-POLES = {  # compute dtype: (c, ((t_1, w_1), ...)), t ascending
-    # a = 1/2 on [5e-6, 1]: sup |x^a e(x)| = 4.08e-08
-    torch.float32: (
+POLES = {  # dtypes of the Gram matrix, of the result: (c, ((t_1, w_1), ...))
+    # m = 12, a = 1/2 on [5e-6, 1]: sup |x^a e(x)| = 4.083e-8
+    (torch.float32, torch.float32): (
         3.390260122492043,
         (
             (1.6672461889782148e-06, 4.678070120753341e-06),
@@ -30,8 +40,38 @@ POLES = {  # compute dtype: (c, ((t_1, w_1), ...)), t ascending
             (6.135328712330877, 16.578571735050733),
         ),
     ),
-    # a = 1 on [0, 1]: sup |x^a e(x)| = 1.53e-15
-    torch.float64: (
+    # m = 24, a = 1 on [0, 1]: sup |x^a e(x)| = 1.431e-12
+    (torch.float64, torch.float32): (
+        4.225382174323835,
+        (
+            (2.356267105155523e-11, 8.738581075771382e-11),
+            (4.323867669905952e-10, 1.0356134267569008e-09),
+            (3.6090496935408026e-09, 6.8739129385224765e-09),
+            (2.089117023712879e-08, 3.402513759376959e-08),
+            (9.666007127248424e-08, 1.3976333178775686e-07),
+            (3.828821697298863e-07, 5.029097633404462e-07),
+            (1.3506481585162783e-06, 1.6367597332981601e-06),
+            (4.351024605776952e-06, 4.919424605105613e-06),
+            (1.3021928946977007e-05, 1.3853317666846203e-05),
+            (3.6657669541640844e-05, 3.693839440519592e-05),
+            (9.796760422640955e-05, 9.40052444456378e-05),
+            (0.00025034592862581027, 0.00022976862431545763),
+            (0.0006152067576166271, 0.0005421232434643801),
+            (0.0014607373275193492, 0.0012400869877785014),
+            (0.0033648577272587937, 0.0027611088709587014),
+            (0.00754858220355573, 0.006008970186492785),
+            (0.016558840994883778, 0.012848096334363688),
+            (0.035699850943923646, 0.027194703654720542),
+            (0.07621614415595226, 0.057706188312050384),
+            (0.16320687462188033, 0.12560007676633844),
+            (0.3591515368316828, 0.2929890395335948),
+            (0.8549405990224258, 0.8016686686730136),
+            (2.5045760509330046, 3.18491340000551),
+            (14.569806178377815, 38.26243417200065),
+        ),
+    ),
+    # m = 36, a = 1 on [0, 1]: sup |x^a e(x)| = 1.526e-15
+    (torch.float64, torch.float64): (
         4.646935069057472,
         (
             (2.513355557747388e-14, 9.32116790337619e-14),

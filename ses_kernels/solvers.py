@@ -1,12 +1,13 @@
-"""From a Gram matrix K to the entropy H and M = dH/dK, by one of three solvers."""
+"""From Gram matrices K to the entropy H and M = dH/dK, by one of three solvers."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ses_kernels import entropy, ops
-from ses_kernels.rational import POLES
+from ses_kernels import crossover, entropy, ops
 
 
 def small_values_matter(power: float, order: float) -> bool:
@@ -23,24 +24,105 @@ def needs_svd(x: Tensor, options) -> bool:
     return sensitive and x.dtype == torch.float64 and options.group is None
 
 
-def choose(device: torch.device, dtype: torch.dtype, n: int) -> str:
-    """The solver that "auto" stands for at power 2 and order 1.
+def choose(x: Tensor, n: int, backend: str) -> str:
+    """The solver that "auto" stands for at power 2 and order 1, for samples x (b, B, d)."""
+    if backend == "torch" or ops.EXTENSION_MISSING:  # the kernels are what was measured
+        return "eigh"
+    wins = crossover.rational_wins(x.device.type, x.dtype, n, x.shape[0])
+    return "rational" if wins else "eigh"
 
-    On the CPU Cholesky factorisations for twelve poles take 2 to 15 times as long as the spectrum
-    (bench/results); no GPU has been measured yet.
-    """
-    return "eigh"
 
-
-def solve(gram: Tensor, options) -> tuple[Tensor, Tensor]:  # (b, n, n) -> (b,), (b, n, n)
+def solver_for(x: Tensor, n: int, options) -> str:
+    """The name of the solver, the closed form of the collision entropy among them."""
     if options.power == 2 and options.order == 2:
-        return _collision(gram)
-    solver = options.solver
-    if solver == "auto":
-        solver = choose(gram.device, gram.dtype, gram.shape[-1])
-    if solver == "rational":
-        return _rational(gram, options.backend)
-    return from_spectrum(*spectrum(gram, options), options.power, options.order)
+        return "collision"
+    if options.solver == "auto" and options.power == 2 and options.order == 1:
+        return choose(x, n, options.backend)
+    return "rational" if options.solver == "rational" else "eigh"
+
+
+def gram_dtype(x: Tensor, compute: torch.dtype, n: int, options) -> torch.dtype:
+    """The rational solver takes float64 Gram matrices where float64 costs as little as on a CPU.
+
+    Rounding in a float32 Gram matrix is what limits the gradient on steep spectra, not the solver.
+    """
+    double = solver_for(x, n, options) == "rational" and ops.float64_is_cheap(x.device)
+    return torch.float64 if double else compute
+
+
+class Layer(NamedTuple):
+    """One tensor of samples with its Gram matrices (b, n, n), or without them for an SVD."""
+
+    x: Tensor  # (b, B, d)
+    location: Tensor
+    scale: Tensor  # (b,); its dtype is that of M
+    side: str
+    gram: Tensor | None
+    center: bool  # J M J instead of M, J = I - 11^T / n
+
+
+def solve(layers: list[Layer], options) -> list[tuple[Tensor, Tensor]]:
+    """(H (b,), M (b, n, n)) of each layer.
+
+    One call of the rational solver for all layers, one of an eigensolver for each n.
+    """
+    solved: list = [None] * len(layers)
+    calls: list[tuple[tuple, list[int]]] = []
+    for i, layer in enumerate(layers):
+        if layer.gram is None:
+            solved[i] = _solve_svd(layer, options)
+            continue
+        solver = solver_for(layer.x, layer.gram.shape[-1], options)
+        size = 0 if solver == "rational" else layer.gram.shape[-1]
+        key = solver, size, layer.gram.dtype, layer.scale.dtype
+        for other, members in calls:  # a search, not a dict: n may be symbolic under torch.compile
+            if other == key:
+                members.append(i)
+                break
+        else:
+            calls.append((key, [i]))
+    for (solver, *_), members in calls:
+        chosen = [layers[i] for i in members]
+        solve_all = _solve_rational if solver == "rational" else _solve_stacked
+        for i, result in zip(members, solve_all(chosen, options), strict=True):
+            solved[i] = result
+    return solved
+
+
+def _solve_rational(layers, options):
+    results = ops.rational(
+        [layer.gram for layer in layers],
+        [layer.center for layer in layers],
+        layers[0].scale.dtype,
+        options.gradient,
+        options.backend,
+    )
+    return zip(results[: len(layers)], results[len(layers) :], strict=True)
+
+
+def _solve_stacked(layers, options):
+    grams = [layer.gram for layer in layers]
+    stacked = grams[0] if len(grams) == 1 else torch.cat(grams)
+    if options.power == 2 and options.order == 2:
+        h, m = _collision(stacked)
+    else:
+        h, m = from_spectrum(*spectrum(stacked, options), options.power, options.order)
+    sizes = [gram.shape[0] for gram in grams]
+    if len(grams) == 1:
+        parts = [(h, m)]
+    else:  # unsafe: these become outputs, so no views
+        parts = zip(*(torch.unsafe_split_with_sizes(t, sizes) for t in (h, m)), strict=True)
+    return [_centered(h, m, layer, options) for layer, (h, m) in zip(layers, parts, strict=True)]
+
+
+def _solve_svd(layer, options):
+    x, location, scale, side, _, _ = layer
+    spectrum = singular_spectrum(x, location, scale, side, options.gradient)
+    return _centered(*from_spectrum(*spectrum, options.power, options.order), layer, options)
+
+
+def _centered(h, m, layer, options):
+    return h, ops.double_center(m) if layer.center and options.gradient else m
 
 
 def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor, float]:
@@ -91,48 +173,3 @@ def _collision(gram: Tensor) -> tuple[Tensor, Tensor]:
     m = -p / purity[:, None, None]
     m.diagonal(dim1=-2, dim2=-1).add_(1.0)
     return -purity.log(), m * (2 / t)
-
-
-def _rational(gram: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """log x ~ c - sum_j w_j / (x + t_j): L = c I - sum_j w_j (P + t_j I)^{-1}, by Cholesky.
-
-    H = -tr(P L) and M = -(L + H I) / tr K use the same L, so that the gradient is consistent.
-    """
-    if backend == "fused":
-        raise RuntimeError(
-            'backend="fused": solver="rational" has no kernel yet; use backend="auto" or "torch"'
-        )
-    c, poles = POLES[gram.dtype]
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    valid = trace.isfinite() & (trace > 0)
-    t = torch.where(valid, trace, 1.0)[:, None, None]
-    p = torch.where(valid[:, None, None], gram / t, 0.0)
-    scale = _pole_scale(p, poles[0][0])
-    log_p = torch.zeros_like(p)
-    log_p.diagonal(dim1=-2, dim2=-1).add_((c + scale.log())[:, None])
-    for t_j, w_j in poles:
-        factor, _ = torch.linalg.cholesky_ex(_shift(p, t_j * scale))
-        log_p -= (w_j * scale)[:, None, None] * torch.cholesky_inverse(factor)
-    h = -(p * log_p).sum((-2, -1))
-    m = log_p
-    m.diagonal(dim1=-2, dim2=-1).add_(h[:, None])
-    outcome = torch.where(trace == 0, 0.0, torch.where(valid, 1.0, torch.nan))  # no variance, NaN
-    return h * outcome, m * (-outcome[:, None, None] / t)
-
-
-def _pole_scale(p: Tensor, smallest: float) -> Tensor:
-    """1, or 4 or 16 where rounding left P + t_1 I indefinite.
-
-    log x = log(x / s) + log s moves every pole to s t_j exactly; no look on the host is needed.
-    """
-    scale = torch.ones(p.shape[0], dtype=p.dtype, device=p.device)
-    for _ in range(2):
-        _, info = torch.linalg.cholesky_ex(_shift(p, smallest * scale))
-        scale = torch.where(info > 0, 4 * scale, scale)
-    return scale
-
-
-def _shift(p: Tensor, t: Tensor) -> Tensor:
-    shifted = p.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(t[:, None])
-    return shifted

@@ -1,47 +1,10 @@
 // jacobi.h with real host threads in the place of a thread block: the same bits as one thread, and
-// under ThreadSanitizer no access that a barrier fails to order. With SES_DROP_SYNC the barriers do
-// nothing: ThreadSanitizer has to object, or it is not looking.
-#include <atomic>
-#include <barrier>
-#include <thread>
-
+// under ThreadSanitizer no access that a barrier fails to order.
 #include "families.h"
+#include "host_group.h"
 #include "jacobi.h"
 
 namespace {
-
-class HostGroup {
- public:
-  struct Shared {
-    explicit Shared(int threads) : barrier(threads) {}
-    std::barrier<> barrier;
-    std::atomic<bool> vote[3] = {false, false, false};
-  };
-
-  HostGroup(Shared* shared, int rank, int threads)
-      : shared_(shared), rank_(rank), threads_(threads) {}
-  int thread_rank() const { return rank_; }
-  int num_threads() const { return threads_; }
-  void sync() const {
-#ifndef SES_DROP_SYNC
-    shared_->barrier.arrive_and_wait();
-#endif
-  }
-  bool any(bool vote) const {
-    // Three ballots in turn: one being cast, one perhaps still being read, one empty.
-    std::atomic<bool>& ballot = shared_->vote[turn_];
-    turn_ = (turn_ + 1) % 3;
-    if (rank_ == 0) shared_->vote[turn_].store(false);
-    if (vote) ballot.store(true);
-    shared_->barrier.arrive_and_wait();
-    return ballot.load();
-  }
-
- private:
-  Shared* shared_;
-  int rank_, threads_;
-  mutable int turn_ = 0;
-};
 
 template <typename T>
 struct Result {
@@ -57,14 +20,9 @@ Result<T> solve(const std::vector<T>& a, int n, int threads) {
                       shared.data());
     return result;
   }
-  HostGroup::Shared group(threads);
-  std::vector<std::thread> team;
-  for (int rank = 0; rank < threads; ++rank)
-    team.emplace_back([&, rank] {
-      ses::jacobi::eigh(HostGroup(&group, rank, threads), a.data(), result.w.data(),
-                        result.v.data(), n, shared.data());
-    });
-  for (auto& thread : team) thread.join();
+  run_team(threads, [&](const HostGroup& group) {
+    ses::jacobi::eigh(group, a.data(), result.w.data(), result.v.data(), n, shared.data());
+  });
   return result;
 }
 

@@ -1,0 +1,320 @@
+// Compiled once for each instruction set, as eigh_cpu.cpp is and under the same rule: no inline
+// function of the standard library.
+#include "gram_cpu.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace ses {
+namespace SES_ISA {
+
+// clang-format off: each builds on the one before
+#include "simd.h"
+#include "tile.h"
+// clang-format on
+
+namespace {
+
+constexpr long kRows = 64;  // rows summed before their sum is added: bounds the rounding
+
+template <typename L>
+L inverse_power_of_two(L largest) {
+  using Traits = ScalarTraits<L>;
+  if (largest == 0) return 1;
+  typename Traits::Int bits;
+  __builtin_memcpy(&bits, &largest, sizeof(bits));
+  constexpr int kLimit = Traits::kExponentBias - 1;  // both powers stay normal
+  const int e = static_cast<int>(bits >> Traits::kMantissaBits) - kLimit;
+  const int clamped = e > kLimit ? kLimit : e < -kLimit ? -kLimit : e;
+  bits = static_cast<typename Traits::Int>(Traits::kExponentBias - clamped)
+         << Traits::kMantissaBits;
+  L scale;
+  __builtin_memcpy(&scale, &bits, sizeof(scale));
+  return scale;
+}
+
+template <typename P>
+SES_INLINE P larger(const P& a, const P& b) {
+  return select(a < b, b, a);
+}
+
+// Columns [first, first + kPacks packs) of those before `last`; returns the largest |x - anchor|.
+template <int kPacks, typename P, typename X, typename L>
+SES_INLINE P locate_strip(const Samples<X>& s, const X* x, long first, long last, const X* anchor,
+                          L* location) {
+  const P zero = P::broadcast(0);
+  P largest[kPacks], origin[kPacks], total[kPacks];
+  long count[kPacks];
+  for (int p = 0; p < kPacks; ++p) {
+    const long column = first + p * P::kLanes;
+    count[p] = last - column;
+    origin[p] = anchor == nullptr ? zero : load<P>(anchor + column, count[p]);
+    total[p] = largest[p] = zero;
+  }
+  for (long i = 0; i < s.rows; i += kRows) {
+    const long end = s.rows - i < kRows ? s.rows : i + kRows;
+    P part[kPacks];
+    for (P& value : part) value = zero;
+    for (long r = i; r < end; ++r) {
+      for (int p = 0; p < kPacks; ++p) {
+        const P shifted =
+            load<P>(x + r * s.row_stride + first + p * P::kLanes, count[p]) - origin[p];
+        largest[p] = larger(largest[p], abs(shifted));
+        part[p] = part[p] + shifted;
+      }
+    }
+    for (int p = 0; p < kPacks; ++p) total[p] = total[p] + part[p];
+  }
+  for (int p = 0; p < kPacks && anchor != nullptr; ++p) {
+    L* out = location + first + p * P::kLanes;
+    store(origin[p], out, count[p]);
+    store(total[p] / P::broadcast(static_cast<L>(s.rows)), out + s.columns, count[p]);
+  }
+  for (int p = 1; p < kPacks; ++p) largest[0] = larger(largest[0], largest[p]);
+  return largest[0];
+}
+
+template <typename X, typename L>
+L locate(const Samples<X>& s, long matrix, long first, long last, const X* anchor, L* location) {
+  using P = Pack<L, kRegisterBytes, 64 / kRegisterBytes>;
+  constexpr int kPacks = 4;
+  const X* x = s.x + matrix * s.matrix_stride;
+  P largest = P::broadcast(0);
+  long j = first;
+  for (; j + kPacks * P::kLanes <= last; j += kPacks * P::kLanes)
+    largest = larger(largest, locate_strip<kPacks, P>(s, x, j, last, anchor, location));
+  for (; j < last; j += P::kLanes)
+    largest = larger(largest, locate_strip<1, P>(s, x, j, last, anchor, location));
+  L lane[P::kLanes], most = 0;
+  __builtin_memcpy(lane, &largest, sizeof(lane));
+  for (const L value : lane) most = most < value ? value : most;
+  return most;
+}
+
+// One matrix's x, and Xs a pack of columns at a time.
+template <typename X, typename L>
+struct Standardized {
+  const X* x;
+  long row_stride, rows, columns;
+  const L *anchor, *offset;  // null: no centring
+  L scale;
+
+  Standardized(const Samples<X>& samples, const Standard<L>& standard, long matrix)
+      : x(samples.x + matrix * samples.matrix_stride),
+        row_stride(samples.row_stride),
+        rows(samples.rows),
+        columns(samples.columns),
+        anchor(standard.location == nullptr ? nullptr
+                                            : standard.location + matrix * standard.matrix_stride),
+        offset(anchor == nullptr ? nullptr : anchor + standard.row_stride),
+        scale(standard.scale[matrix]) {}
+
+  // Columns [column, column + lanes) of any row; 0 beyond the last.
+  template <typename P>
+  struct Columns {
+    const X* x;
+    long row_stride, count;
+    P anchor, offset, scale;
+    P operator[](long row) const {
+      return ((load<P>(x + row * row_stride, count) - anchor) - offset) * scale;
+    }
+  };
+  template <typename P>
+  Columns<P> at(long column) const {
+    const long count = columns - column;
+    const P zero = P::broadcast(0);
+    return {x + column,
+            row_stride,
+            count,
+            anchor == nullptr ? zero : load<P>(anchor + column, count),
+            anchor == nullptr ? zero : load<P>(offset + column, count),
+            P::broadcast(static_cast<typename P::Scalar>(scale))};
+  }
+};
+
+// A batch of small matrices comes from memory faster than it is asked for in strips of eight rows:
+// the next matrix is asked for while this one is worked on.
+constexpr long kPrefetchBytes = 32 << 10;
+
+template <typename X>
+void prefetch_next(const Samples<X>& samples, long matrix) {
+  const long bytes = samples.matrix_stride * static_cast<long>(sizeof(X));
+  if (matrix + 1 >= samples.batch || bytes > kPrefetchBytes) return;
+  const char* next = reinterpret_cast<const char*>(samples.x) + (matrix + 1) * bytes;
+  for (long i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+}
+
+// ---- the Gram matrix ----
+
+using Panel = Pack<double, kRegisterBytes, 64 / kRegisterBytes>;
+
+// Of the contracted axis at a time: a quarter of the usual L2 cache.
+long chunk(long panels) {
+  const long depth = 4096 / panels / kPanel * kPanel;
+  return depth < kPanel ? kPanel : depth;
+}
+
+long gram_bytes(long n) {
+  const long panels = (n + kPanel - 1) / kPanel;
+  return panels * (chunk(panels) + panels * kPanel) * static_cast<long>(sizeof(Panel));
+}
+
+template <typename X, typename L, typename K>
+void gram(const Samples<X>& samples, const Standard<L>& standard, Side side, long matrix, int part,
+          int parts, K* out, void* workspace) {
+  using P = Panel;
+  prefetch_next(samples, matrix);
+  const Standardized<X, L> xs(samples, standard, matrix);
+  const bool by_samples = side == Side::kSamples;
+  const long n = by_samples ? xs.rows : xs.columns, depth = by_samples ? xs.columns : xs.rows;
+  const long panels = (n + kPanel - 1) / kPanel, rows = panels * kPanel, step = chunk(panels);
+  P* packed = static_cast<P*>(workspace);  // [panels, step] eight of n a pack
+  P* sums = packed + panels * step;        // [panels, rows] the lower triangle of blocks
+
+  for (long first = 0; first < depth; first += step) {
+    const long count = depth - first < step ? depth - first : step;
+    if (by_samples) {
+      for (long p = 0; p < panels; ++p) {
+        for (long k = 0; k < count; k += kPanel) {
+          const auto columns = xs.template at<P>(first + k);
+          P block[kPanel];
+          for (int i = 0; i < kPanel; ++i)
+            block[i] = p * kPanel + i < n ? columns[p * kPanel + i] : P::broadcast(0);
+          Square<P>::transpose(block, packed + p * step + k);
+        }
+      }
+    } else {
+      for (long p = 0; p < panels; ++p) {
+        const auto columns = xs.template at<P>(p * kPanel);
+        for (long k = 0; k < count; ++k) packed[p * step + k] = columns[first + k];
+      }
+    }
+    for (long b = part; b < panels; b += parts) {
+      for_widths(static_cast<int>(b) + 1, [&](int c, auto width) {
+        for (int j = 0; j < kPanel; j += kTileRows) {
+          P* block = sums + c * rows + b * kPanel + j;
+          P sum[kTileRows][decltype(width)::value];
+          if (first == 0)
+            clear(sum);
+          else
+            load_tile(block, rows, sum);
+          multiply_tile(count, reinterpret_cast<const double*>(packed + b * step) + j, kPanel, 1,
+                        packed + c * step, step, sum);
+          store_tile(sum, block, rows);
+        }
+      });
+    }
+  }
+  for (long b = part; b < panels; b += parts)
+    for (long c = 0; c <= b; ++c)
+      store_symmetric(sums + c * rows + b * kPanel, static_cast<int>(b) * kPanel,
+                      static_cast<int>(c) * kPanel, static_cast<int>(n), out);
+}
+
+// ---- the product with a symmetric matrix ----
+
+template <typename L>
+using Row = Pack<L, kRegisterBytes, 64 / kRegisterBytes>;
+
+template <typename L>
+long backward_bytes(long n) {
+  using P = Row<L>;
+  const long panels = (n + P::kLanes - 1) / P::kLanes, rows = (n + kPanel - 1) / kPanel * kPanel;
+  const long by_samples = (rows / P::kLanes + 1) * rows + kTilePanels * n;
+  const long by_features = panels * n + panels * kPanel;
+  return (by_samples > by_features ? by_samples : by_features) * static_cast<long>(sizeof(P));
+}
+
+template <typename P, typename X, int kWidth>
+SES_INLINE void store_rows(const P (&sum)[kTileRows][kWidth], X* out, long stride, long rows,
+                           long columns) {
+  for (int r = 0; r < kTileRows && r < rows; ++r)
+    for (int p = 0; p < kWidth; ++p)
+      store(sum[r][p], out + r * stride + p * P::kLanes, columns - p * P::kLanes);
+}
+
+template <typename X, typename L>
+void backward(const L* m, const Samples<X>& samples, const Standard<L>& standard, L coefficient,
+              Side side, long matrix, int part, int parts, X* out, void* workspace) {
+  using P = Row<L>;
+  prefetch_next(samples, matrix);
+  const Standardized<X, L> xs(samples, standard, matrix);
+  const P factor = P::broadcast(coefficient);
+  const long rows = xs.rows, columns = xs.columns;
+  const long column_panels = (columns + P::kLanes - 1) / P::kLanes;
+  const long row_panels = (rows + kPanel - 1) / kPanel;
+  if (side == Side::kSamples) {
+    const long n = rows;
+    P* right = static_cast<P*>(workspace);                    // [tile panels, n] Xs
+    L* left = reinterpret_cast<L*>(right + kTilePanels * n);  // [row panels, n, 8] coefficient M
+    for (long b = 0; b < row_panels; ++b) {
+      const long inside = n - b * kPanel;
+      for (long k = 0; k < n; ++k) {
+        const L* from = m + k * n + b * kPanel;
+        L* to = left + (b * n + k) * kPanel;
+        if (inside >= kPanel)
+          for (int i = 0; i < kPanel; ++i) to[i] = coefficient * from[i];
+        else
+          for (int i = 0; i < kPanel; ++i) to[i] = i < inside ? coefficient * from[i] : L(0);
+      }
+    }
+    const long begin = column_panels * part / parts, end = column_panels * (part + 1) / parts;
+    for_widths(static_cast<int>(end - begin), [&](int c, auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      const long column = (begin + c) * P::kLanes;
+      for (int p = 0; p < kWidth; ++p) {
+        const auto at = xs.template at<P>(column + p * P::kLanes);
+        for (long k = 0; k < n; ++k) right[p * n + k] = at[k];
+      }
+      for (long r = 0; r < n; r += kTileRows) {
+        P sum[kTileRows][kWidth];
+        clear(sum);
+        multiply_tile(n, left + r / kPanel * kPanel * n + r % kPanel, kPanel, 1, right, n, sum);
+        store_rows(sum, out + r * columns + column, columns, n - r, columns - column);
+      }
+    });
+    return;
+  }
+  const long n = columns, stride = column_panels * P::kLanes;
+  P* right = static_cast<P*>(workspace);  // [column panels, n] coefficient M
+  P* left = right + column_panels * n;    // [8, column panels] Xs
+  for (long p = 0; p < column_panels; ++p)
+    for (long k = 0; k < n; ++k)
+      right[p * n + k] = factor * load<P>(m + k * n + p * P::kLanes, n - p * P::kLanes);
+  for (long b = row_panels * part / parts; b < row_panels * (part + 1) / parts; ++b) {
+    const long first = b * kPanel, count = rows - first < kPanel ? rows - first : kPanel;
+    for (long p = 0; p < column_panels; ++p) {
+      const auto at = xs.template at<P>(p * P::kLanes);
+      for (int i = 0; i < kPanel; ++i)
+        left[i * column_panels + p] = i < count ? at[first + i] : P::broadcast(0);
+    }
+    for (int j = 0; j < count; j += kTileRows) {
+      for_widths(static_cast<int>(column_panels), [&](int c, auto width) {
+        P sum[kTileRows][decltype(width)::value];
+        clear(sum);
+        multiply_tile(n, reinterpret_cast<const L*>(left) + j * stride, 1, stride, right + c * n, n,
+                      sum);
+        const long column = c * P::kLanes;
+        store_rows(sum, out + (first + j) * columns + column, columns, count - j, columns - column);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+template <typename X, typename L>
+const GramKernels<X, L>& gram_kernels() {
+  static constexpr GramKernels<X, L> kernels = {
+      locate<X, L>,      inverse_power_of_two<L>, gram_bytes,     gram<X, L, double>,
+      gram<X, L, float>, backward_bytes<L>,       backward<X, L>,
+  };
+  return kernels;
+}
+template const GramKernels<float, float>& gram_kernels<float, float>();
+template const GramKernels<float, double>& gram_kernels<float, double>();
+template const GramKernels<double, double>& gram_kernels<double, double>();
+
+}  // namespace SES_ISA
+}  // namespace ses

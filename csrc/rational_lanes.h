@@ -1,0 +1,226 @@
+// log P by partial fractions for a pack of matrices, one a lane, where their columns are too short
+// to fill the lanes. The method is that of rational_panels.h, one reflection at a time.
+//
+// Included inside an ISA namespace, after householder.h, tile.h and poles.h.
+
+template <typename P>
+struct LaneWorkspace {
+  Workspace<P> tridiagonal;
+  P* f;         // [n, stride] the sum over the poles, lower triangle
+  P* ratio;     // [n, block] G(k, c) / G(k - 1, c) of a block of resolvents, c < k
+  P* diagonal;  // [n, block] their weighted diagonals
+
+  static long bytes(int n) {
+    return Workspace<P>::bytes(n) + kPage +
+           static_cast<long>(sizeof(P)) * n * (row_stride(n) + 2 * kPoleBlock);
+  }
+  LaneWorkspace(void* memory, int n) : tridiagonal(memory, n) {
+    f = reinterpret_cast<P*>(static_cast<char*>(memory) +
+                             (Workspace<P>::bytes(n) + kPage - 1) / kPage * kPage);
+    ratio = f + n * row_stride(n);
+    diagonal = ratio + n * kPoleBlock;
+  }
+
+ private:
+  static constexpr long kPage = 4096;
+};
+
+// s, multiplied by 4 until T + s t_1 I is positive definite; NaN where no s will do.
+template <typename P>
+static P pole_scale(const Workspace<P>& work, typename P::Scalar t, int n) {
+  using T = typename P::Scalar;
+  const P zero = P::broadcast(0), one = P::broadcast(1);
+  P s = one;
+  for (int attempt = 0; attempt < kPoleScalings; ++attempt) {
+    P inverse = zero, smallest = one;
+    for (int k = n - 1; k >= 0; --k) {
+      P pivot = fma(s, P::broadcast(t), work.d[k]);
+      if (k + 1 < n) pivot = fnma(work.e[k] * work.e[k], inverse, pivot);
+      smallest = select(zero < pivot, smallest, P::broadcast(-1));
+      inverse = one / pivot;
+    }
+    const auto failed = smallest < zero;
+    if (!P::any(failed)) return s;
+    s = select(failed, P::broadcast(4) * s, s);
+    if (attempt + 1 == kPoleScalings) s = select(failed, P::broadcast(ScalarTraits<T>::kNaN), s);
+  }
+  return s;
+}
+
+// F += sum_j w_j (T + s t_j I)^{-1} over one block of poles: from U D U^T, so that every entry is
+// one multiplication from the one above it.
+template <typename P>
+static void add_poles(const LaneWorkspace<P>& work, const typename P::Scalar* t,
+                      const typename P::Scalar* weight, P s, int n, bool first) {
+  const P zero = P::broadcast(0), one = P::broadcast(1);
+  const P* d = work.tridiagonal.d;
+  const P* e = work.tridiagonal.e;
+  P g[kPoleBlock];
+  for (int k = n - 1; k >= 0; --k) {
+    P* ratio = work.ratio + (k + 1) * kPoleBlock;
+    for (int j = 0; j < kPoleBlock; ++j) {
+      P pivot = fma(s, P::broadcast(t[j]), d[k]);
+      if (k + 1 < n) {
+        ratio[j] = zero - e[k] * g[j];
+        pivot = fma(ratio[j], e[k], pivot);
+      }
+      work.diagonal[k * kPoleBlock + j] = g[j] = one / pivot;
+    }
+  }
+  for (int k = 1; k < n; ++k) {
+    const P* ratio = work.ratio + k * kPoleBlock;
+    P* diagonal = work.diagonal + k * kPoleBlock;
+    for (int j = 0; j < kPoleBlock; ++j)
+      diagonal[j] = fma(ratio[j] * ratio[j], diagonal[j - kPoleBlock], diagonal[j]);
+  }
+  const long stride = work.tridiagonal.stride;
+  for (int c = 0; c < n; ++c) {
+    for (int j = 0; j < kPoleBlock; ++j)
+      g[j] = P::broadcast(weight[j]) * s * work.diagonal[c * kPoleBlock + j];
+    for (int r = c; r < n; ++r) {
+      P* out = work.f + r * stride + c;
+      P sum = first ? zero : *out;
+      for (int j = 0; j < kPoleBlock; ++j) {
+        if (r > c) g[j] = g[j] * work.ratio[r * kPoleBlock + j];
+        sum = sum + g[j];
+      }
+      *out = sum;
+    }
+  }
+}
+
+// F = Q F Q^T, the reflections in the order opposite to the tridiagonalisation's.
+template <typename P>
+static void reflect(const LaneWorkspace<P>& work, int n) {
+  if (n < 3) return;
+  const P zero = P::broadcast(0);
+  const long stride = work.tridiagonal.stride;
+  const P* u = nullptr;
+  P* p = work.tridiagonal.p;
+  for (int i = 2; i <= n; ++i) {
+    if (i < n)
+      for (int k = i; k < n; ++k) work.tridiagonal.row(i)[k] = zero;
+    const P* next = i < n ? work.tridiagonal.row(i) : u;
+    P* product = work.tridiagonal.p + (i % 2) * n;
+    if (u == nullptr)
+      update_and_multiply_all<false>(work.f, stride, n, i, u, p, next, product);
+    else
+      update_and_multiply_all<true>(work.f, stride, n, i < n ? i : n - 1, u, p, next, product);
+    if (i == n) break;
+    const P h = work.tridiagonal.inverse_h[i];
+    for (int k = 0; k < n; ++k) product[k] = product[k] * h;
+    const P half = P::broadcast(0.5) * h * dot(next, product, i);
+    for (int k = 0; k < i; ++k) product[k] = fnma(half, next[k], product[k]);
+    u = next;
+    p = product;
+  }
+}
+
+// Eight columns of eight matrices at a time, rows of `size` numbers apart: a pack for each column.
+template <typename P>
+SES_INLINE void gather(const typename P::Scalar* first, long size, int lanes, long columns,
+                       P* column) {
+  P row[kPanel];
+  for (int lane = 0; lane < kPanel; ++lane)
+    row[lane] = load<P>(first + (lane < lanes ? lane * size : 0), columns);
+  Square<P>::transpose(row, column);
+}
+template <typename P, typename M>
+SES_INLINE void scatter(const P* column, M* first, long size, int lanes, long columns) {
+  P row[kPanel];
+  Square<P>::transpose(column, row);
+  for (int lane = 0; lane < lanes; ++lane) store(row[lane], first + lane * size, columns);
+}
+
+// F = J F J, J = I - 11^T / n.
+template <typename P>
+static void double_center(const LaneWorkspace<P>& work, int n) {
+  using T = typename P::Scalar;
+  const long stride = work.tridiagonal.stride;
+  P* mean = work.tridiagonal.p;  // of each row
+  P half = P::broadcast(0);
+  for (int i = 0; i < n; ++i) mean[i] = half;
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const P x = work.f[i * stride + j];
+      mean[i] = mean[i] + x;
+      mean[j] = mean[j] + x;
+    }
+    mean[i] = mean[i] + work.f[i * stride + i];
+  }
+  const P inverse = P::broadcast(T(1) / static_cast<T>(n));
+  for (int i = 0; i < n; ++i) {
+    mean[i] = mean[i] * inverse;
+    half = fma(mean[i], P::broadcast(T(0.5)) * inverse, half);
+  }
+  for (int i = 0; i < n; ++i) mean[i] = mean[i] - half;
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j <= i; ++j)
+      work.f[i * stride + j] = work.f[i * stride + j] - mean[i] - mean[j];
+}
+
+// Up to eight matrices.
+template <typename P, typename M>
+static void rational(const typename P::Scalar* gram, typename P::Scalar* h, M* m, int count, int n,
+                     bool center, const PaddedPoles<typename P::Scalar>& poles, void* memory) {
+  using T = typename P::Scalar;
+  static_assert(P::kLanes == kPanel, "gather and scatter transpose squares");
+  const LaneWorkspace<P> work(memory, n);
+  const Workspace<P>& tridiagonal = work.tridiagonal;
+  const long size = static_cast<long>(n) * n, stride = tridiagonal.stride;
+  const P zero = P::broadcast(0);
+  P column[kPanel], trace = zero;
+  for (int i = 0; i < n; ++i) {
+    P* row = tridiagonal.row(i);
+    for (int j = 0; j <= i; j += kPanel) {
+      gather(gram + static_cast<long>(i) * n + j, size, count, n - j, column);
+      for (int k = 0; k < kPanel && j + k < n; ++k) row[j + k] = column[k];
+    }
+    trace = trace + row[i];
+  }
+  const auto valid = both<P>(zero < trace, trace < P::broadcast(ScalarTraits<T>::kInf));
+  const P scale = select(valid, P::broadcast(1) / trace, zero);
+  for (int i = 0; i < n; ++i) {
+    P* row = tridiagonal.row(i);
+    for (int j = 0; j <= i; ++j) row[j] = select(valid, row[j] * scale, zero);
+  }
+  tridiagonalise(tridiagonal, n);
+
+  const P s = pole_scale(tridiagonal, poles.t[0], n);
+  P c;
+  for (int lane = 0; lane < kPanel; ++lane)
+    reinterpret_cast<T*>(&c)[lane] = poles.c + __builtin_log(reinterpret_cast<const T*>(&s)[lane]);
+  for (int j = 0; j < poles.count; j += kPoleBlock)
+    add_poles(work, poles.t + j, poles.w + j, s, n, j == 0);
+  P entropy = zero, sum = zero;  // of the trace of T
+  for (int k = 0; k < n; ++k) {
+    const P* row = work.f + k * stride + k;
+    sum = sum + tridiagonal.d[k];
+    entropy = fma(tridiagonal.d[k], row[0], entropy);
+    if (k > 0) entropy = fma(P::broadcast(2) * tridiagonal.e[k - 1], row[-1], entropy);
+  }
+  entropy = fnma(c, sum, entropy);
+  const P none = select(trace == zero, zero, P::broadcast(ScalarTraits<T>::kNaN));
+  store(select(valid, entropy, none), h, count);
+  if (m == nullptr) return;
+
+  reflect(work, n);
+  for (int i = 0; i < n; ++i) {
+    P* diagonal = work.f + i * stride + i;
+    *diagonal = *diagonal - (c + entropy);
+  }
+  if (center) double_center(work, n);
+  for (int i = 0; i < n; ++i) {
+    P* row = work.f + i * stride;
+    for (int j = 0; j <= i; ++j) row[j] = select(valid, row[j] * scale, none);
+  }
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < n; j += kPanel) {
+      for (int k = 0; k < kPanel; ++k) {
+        const int other = j + k < n ? j + k : i;
+        column[k] = other <= i ? work.f[i * stride + other] : work.f[other * stride + i];
+      }
+      scatter(column, m + static_cast<long>(i) * n + j, size, count, n - j);
+    }
+  }
+}

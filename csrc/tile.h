@@ -1,0 +1,208 @@
+// Matrices in panels, eight columns wide and one row a pack, and the product of two of them one
+// register tile at a time.
+//
+// Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (ACM TOMS 34, 2008):
+// both factors lie in the order in which the tile reads them.
+//
+// Included inside an ISA namespace, after simd.h.
+
+constexpr int kPanel = 8;  // columns of a panel, rows of a tile
+
+// As many sums as the registers hold beside one row of the right factor.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8, kTilePanels = 3;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 4, kTilePanels = 1;
+#else
+constexpr int kTileRows = 2, kTilePanels = 1;
+#endif
+static_assert(kPanel % kTileRows == 0, "a tile is a whole number of register tiles");
+
+// As many numbers as there are lanes, converted to P's.
+template <typename P, typename X>
+SES_INLINE P load(const X* x) {
+  using Vec = typename P::Vec;
+  constexpr int kLanes = sizeof(Vec) / sizeof(typename P::Scalar);
+  typedef X In __attribute__((vector_size(kLanes * sizeof(X))));
+  P y;
+  for (unsigned i = 0; i < sizeof(y.r) / sizeof(y.r[0]); ++i) {
+    In in;
+    __builtin_memcpy(&in, x + i * kLanes, sizeof(in));
+    y.r[i] = __builtin_convertvector(in, Vec);
+  }
+  return y;
+}
+template <typename P, typename X>
+SES_INLINE void store(const P& y, X* out) {
+  constexpr int kLanes = sizeof(typename P::Vec) / sizeof(typename P::Scalar);
+  typedef X Out __attribute__((vector_size(kLanes * sizeof(X))));
+  for (unsigned i = 0; i < sizeof(y.r) / sizeof(y.r[0]); ++i) {
+    const Out rounded = __builtin_convertvector(y.r[i], Out);
+    __builtin_memcpy(out + i * kLanes, &rounded, sizeof(rounded));
+  }
+}
+
+// At the end of a row: the first `count` numbers, and 0 in the lanes beyond. Out of line, so that
+// the loops stay short.
+template <typename P, typename X>
+__attribute__((noinline)) static P load_part(const X* x, long count) {
+  X padded[P::kLanes];
+  for (int i = 0; i < P::kLanes; ++i) padded[i] = i < count ? x[i] : X(0);
+  return load<P>(padded);
+}
+template <typename P, typename X>
+__attribute__((noinline)) static void store_part(const P& y, X* out, long count) {
+  X padded[P::kLanes];
+  store(y, padded);
+  for (int i = 0; i < count; ++i) out[i] = padded[i];
+}
+template <typename P, typename X>
+SES_INLINE P load(const X* x, long count) {
+  return __builtin_expect(count < P::kLanes, 0) ? load_part<P>(x, count) : load<P>(x);
+}
+template <typename P, typename X>
+SES_INLINE void store(const P& y, X* out, long count) {
+  if (__builtin_expect(count < P::kLanes, 0))
+    store_part(y, out, count);
+  else
+    store(y, out);
+}
+
+template <int kPanels>
+struct Width {
+  static constexpr int value = kPanels;
+};
+
+// f(first panel, Width) for groups of panels that cover `panels` of them.
+template <typename F>
+SES_INLINE void for_widths(int panels, F f) {
+  int panel = 0;
+  for (; panel + kTilePanels <= panels; panel += kTilePanels) f(panel, Width<kTilePanels>());
+  if (kTilePanels > 2 && panel + 2 == panels) f(panel, Width<2>());
+  if (kTilePanels > 1 && panel + 1 == panels) f(panel, Width<1>());
+}
+
+template <int kRows, int kPanels, typename P>
+SES_INLINE void clear(P (&sum)[kRows][kPanels]) {
+  for (auto& row : sum)
+    for (P& value : row) value = P::broadcast(0);
+}
+
+// sum[r][p] = block[p * stride + r], and back
+template <int kRows, int kPanels, typename P>
+SES_INLINE void load_tile(const P* block, long stride, P (&sum)[kRows][kPanels]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int p = 0; p < kPanels; ++p) sum[r][p] = block[p * stride + r];
+}
+template <int kRows, int kPanels, typename P>
+SES_INLINE void store_tile(const P (&sum)[kRows][kPanels], P* block, long stride) {
+  for (int r = 0; r < kRows; ++r)
+    for (int p = 0; p < kPanels; ++p) block[p * stride + r] = sum[r][p];
+}
+
+// sum[r][p] += sum over k of left[k * left_stride + r * row_stride] * right[p * right_stride + k]
+template <int kRows, int kPanels, typename P>
+SES_INLINE void multiply_tile(long depth, const typename P::Scalar* left, long left_stride,
+                              long row_stride, const P* right, long right_stride,
+                              P (&sum)[kRows][kPanels]) {
+  for (long k = 0; k < depth; ++k) {
+    P row[kPanels];
+    for (int p = 0; p < kPanels; ++p) row[p] = right[p * right_stride + k];
+    for (int r = 0; r < kRows; ++r) {
+      const P factor = P::broadcast(left[k * left_stride + r * row_stride]);
+      for (int p = 0; p < kPanels; ++p) sum[r][p] = fma(factor, row[p], sum[r][p]);
+    }
+  }
+}
+
+template <typename P>
+SES_INLINE typename P::Scalar sum_of_lanes(P a) {
+  typename P::Scalar lane[P::kLanes];
+  __builtin_memcpy(lane, &a, sizeof(lane));
+  for (int width = P::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+// Blocks of eight packs of eight lanes: through memory, and within registers where one holds a pack
+// and the compiler can be told how to shuffle it.
+template <typename P>
+struct Square {
+  using T = typename P::Scalar;
+
+  // Lane r of the result is sum_of_lanes(rows[r]), to the bit.
+  SES_INLINE P sums_of_lanes(const P* rows) {
+    T sum[kPanel];
+    for (int r = 0; r < kPanel; ++r) sum[r] = sum_of_lanes(rows[r]);
+    P result;
+    __builtin_memcpy(&result, sum, sizeof(result));
+    return result;
+  }
+
+  // to[c] lane r = from[r] lane c
+  SES_INLINE void transpose(const P* from, P* to) {
+    T in[kPanel][kPanel], out[kPanel][kPanel];
+    __builtin_memcpy(in, from, sizeof(in));
+    for (int r = 0; r < kPanel; ++r)
+      for (int c = 0; c < kPanel; ++c) out[c][r] = in[r][c];
+    __builtin_memcpy(to, out, sizeof(out));
+  }
+};
+
+#if defined(__AVX512F__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+template <>
+struct Square<Pack<double, 64, 1>> {
+  using P = Pack<double, 64, 1>;
+  using V = P::Vec;
+
+  // The halves, quarters and eighths of a and b side by side: three rounds transpose a block.
+  SES_INLINE V low4(V a, V b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11); }
+  SES_INLINE V high4(V a, V b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15); }
+  SES_INLINE V low2(V a, V b) { return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13); }
+  SES_INLINE V high2(V a, V b) { return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15); }
+  SES_INLINE V low1(V a, V b) { return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14); }
+  SES_INLINE V high1(V a, V b) { return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15); }
+
+  SES_INLINE P sums_of_lanes(const P* rows) {
+    V half[4], quarter[2];
+    for (int r = 0; r < 4; ++r)
+      half[r] = low4(rows[r].r[0], rows[r + 4].r[0]) + high4(rows[r].r[0], rows[r + 4].r[0]);
+    for (int r = 0; r < 2; ++r)
+      quarter[r] = low2(half[r], half[r + 2]) + high2(half[r], half[r + 2]);
+    return {{low1(quarter[0], quarter[1]) + high1(quarter[0], quarter[1])}};
+  }
+
+  SES_INLINE void transpose(const P* from, P* to) {
+    V half[8], quarter[8];
+    for (int r = 0; r < 4; ++r) {
+      half[r] = low4(from[r].r[0], from[r + 4].r[0]);
+      half[r + 4] = high4(from[r].r[0], from[r + 4].r[0]);
+    }
+    for (int s = 0; s < 8; s += 4)
+      for (int r = s; r < s + 2; ++r) {
+        quarter[r] = low2(half[r], half[r + 2]);
+        quarter[r + 2] = high2(half[r], half[r + 2]);
+      }
+    for (int r = 0; r < 8; r += 2) {
+      to[r].r[0] = low1(quarter[r], quarter[r + 1]);
+      to[r + 1].r[0] = high1(quarter[r], quarter[r + 1]);
+    }
+  }
+};
+#endif
+#endif
+
+// Block (row, column) of a symmetric matrix and its mirror image, to out [n, n].
+template <typename P, typename X>
+SES_INLINE void store_symmetric(const P* block, int row, int column, int n, X* out) {
+  auto store_block = [&](const P* from, int top, int left) {
+    for (int r = 0; r < kPanel && top + r < n; ++r)
+      store(from[r], out + static_cast<long>(top + r) * n + left, n - left);
+  };
+  store_block(block, row, column);
+  if (row == column) return;
+  P mirrored[kPanel];
+  Square<P>::transpose(block, mirrored);
+  store_block(mirrored, column, row);
+}

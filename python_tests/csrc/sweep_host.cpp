@@ -1,0 +1,233 @@
+// The rational entropy of CUDA on the host, launch plan and tasks alike. As a program: the same
+// bits on any number of threads, and under ThreadSanitizer no access that a barrier fails to order.
+// As a library: the digits of the GPU for python_tests/test_sweep.py.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <random>
+
+#include "host_group.h"
+#include "rational_plan.h"
+
+namespace {
+
+using ses::GramLayer;
+using ses::Poles;
+using ses::sweep::Launch;
+
+const float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// NaN, aligned to 16 bytes as operator new does, and of exactly its size for AddressSanitizer.
+class Floats {
+ public:
+  explicit Floats(std::size_t count) : memory_(new float[count]) {
+    std::fill_n(memory_.get(), count, kNaN);
+  }
+  float* data() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+};
+static_assert(__STDCPP_DEFAULT_NEW_ALIGNMENT__ >= 16);
+
+// The kernels of a launch one after the other, their tasks too, each from poisoned shared memory.
+template <typename Method, int kSlots, typename Group>
+void run_tasks(const Group& group, const Launch& launch, float* shared) {
+  const auto each = [&](int tasks, int floats, const auto& run) {
+    for (int task = 0; task < tasks; ++task) {
+      for (int i = group.thread_rank(); i < floats; i += group.num_threads()) shared[i] = kNaN;
+      group.sync();
+      run(task);
+      group.sync();
+    }
+  };
+  for (const bool retry : {false, true})
+    each(retry ? launch.retries : launch.sweeps, Method::kSweepFloats, [&](int task) {
+      ses::sweep::sweep_task<Method, kSlots>(group, launch.table, retry, task, shared);
+    });
+  each(launch.closes, ses::sweep::kCloseFloats,
+       [&](int task) { ses::sweep::close_task<Method>(group, launch.table, task, shared); });
+  each(launch.center ? launch.closes : 0, ses::sweep::kCloseFloats,
+       [&](int task) { ses::sweep::center_task(group, launch.table, task, shared); });
+}
+
+void run(const Launch& launch, int threads) {
+  ses::sweep::with_method(launch.method, [&](auto method) {
+    using Method = decltype(method);
+    constexpr int kAll =
+        Method::kPacked ? Method::kSide / 2 : ses::sweep::tile_count<Method::kTile>(Method::kSide);
+    const Floats memory(std::max(Method::kSweepFloats, ses::sweep::kCloseFloats));
+    float* shared = memory.data();
+    const int n = launch.table.layer[0].n;
+    const int work = std::max(ses::sweep::tile_count<Method::kTile>(n), (n + 1) / 2);
+    run_team(threads, [&](const HostGroup& group) {
+      if (work <= threads)
+        run_tasks<Method, 1>(group, launch, shared);
+      else
+        run_tasks<Method, kAll>(group, launch, shared);
+    });
+  });
+}
+
+// What rational_cuda does on a device of so many multiprocessors; a method of 0 or more is used for
+// all layers instead of the planned one. Returns the floats of the workspace.
+std::size_t rational(const std::vector<GramLayer<float, float>>& layers, const Poles& poles,
+                     int processors, int method, int threads) {
+  const auto launches_in = [&](float* workspace, std::size_t* floats) {
+    const int count = static_cast<int>(layers.size());
+    if (method < 0)
+      return ses::sweep::plan(layers.data(), count, poles, workspace, processors, floats);
+    ses::sweep::Workspace rest(workspace);
+    std::vector<Launch> one{ses::sweep::make_launch(layers, method, poles, processors, rest)};
+    *floats = rest.size();
+    return one;
+  };
+  std::size_t floats = 0;
+  launches_in(nullptr, &floats);
+  const Floats workspace(floats);
+  for (const Launch& launch : launches_in(workspace.data(), &floats)) run(launch, threads);
+  return floats;
+}
+
+}  // namespace
+
+// Returns the floats of workspace, or -1 where the plan refuses.
+extern "C" long rational_host(const float* gram, float* h, float* m, long batch, int n, double c,
+                              int count, const double* t, const double* w, bool center,
+                              int processors, int method) {
+  try {
+    return static_cast<long>(
+        rational({{gram, h, m, batch, n, center}}, {c, count, t, w}, processors, method, 1));
+  } catch (const std::exception&) {
+    return -1;
+  }
+}
+
+namespace {
+
+// Three poles: enough for splits of several and of one.
+const double kT[] = {1e-5, 1e-2, 1.0}, kW[] = {2e-5, 1e-2, 2.0};
+const Poles kPoles{1.5, 3, kT, kW};
+
+enum Family { kGaussian, kIndefinite, kZero, kBad, kFamilies };
+
+struct Layer {
+  int n, batch;
+  std::vector<float> gram, h, m;
+
+  Layer(int side, int matrices, unsigned seed) : n(side), batch(matrices) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    gram.resize(static_cast<std::size_t>(batch) * n * n);
+    h.assign(batch, 7.0f);
+    m.assign(gram.size(), 7.0f);
+    std::vector<float> x(static_cast<std::size_t>(n) * n);
+    for (int b = 0; b < batch; ++b) {
+      float* k = &gram[static_cast<std::size_t>(b) * n * n];
+      for (float& value : x) value = normal(random);
+      for (int i = 0; i < n; ++i)
+        for (int j = 0; j < n; ++j)
+          for (int l = 0; l < n; ++l) k[i * n + j] += x[i * n + l] * x[j * n + l];
+      const int family = b % kFamilies;
+      if (family == kZero) std::fill_n(k, n * n, 0.0f);
+      if (family == kBad) k[(n - 1) * n + n / 2] = kNaN;
+      if (family == kIndefinite) {  // an eigenvalue between -4 t_1 and -16 t_1 of the trace
+        for (int i = 0; i < n * n; ++i) k[i] = 0;
+        for (int i = 0; i < n; ++i) k[i * n + i] = i == n / 2 && n > 1 ? -6e-5f : 1.0f / n;
+      }
+    }
+  }
+  // Centred for every other n.
+  GramLayer<float, float> view() { return {gram.data(), h.data(), m.data(), batch, n, n % 2 == 1}; }
+};
+
+void fail(const char* what, int n, int method, int threads) {
+  std::printf("FAILED: %s (n %d, method %d, threads %d)\n", what, n, method, threads);
+  std::exit(1);
+}
+
+bool same(const std::vector<float>& x, const std::vector<float>& y) {
+  return std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
+}
+
+Layer solve(int n, int batch, int processors, int method, int threads) {
+  Layer layer(n, batch, 31u * n);
+  rational({layer.view()}, kPoles, processors, method, threads);
+  return layer;
+}
+
+void check_values(const Layer& layer, int method) {
+  for (int b = 0; b < layer.batch; ++b) {
+    const int family = b % kFamilies;
+    const float expected = family == kZero ? 0.0f : kNaN;
+    const std::size_t square = static_cast<std::size_t>(layer.n) * layer.n;
+    for (std::size_t i = 0; i <= square; ++i) {
+      const float x = i == square ? layer.h[b] : layer.m[b * square + i];
+      const bool right = family <= kIndefinite ? std::isfinite(x)
+                         : family == kZero     ? x == expected
+                                               : std::isnan(x);
+      if (!right) fail("value of a special matrix", layer.n, method, b);
+    }
+  }
+}
+
+void threads_agree(int n, int method, int batch) {
+  for (const int processors : {1, 64}) {  // all poles in one task, a task a pole
+    const Layer one = solve(n, batch, processors, method, 1);
+    check_values(one, method);
+    for (const int threads : {7, 32, 128}) {
+      // A few cores take turns at every barrier: large teams get small matrices.
+      if (threads * n > 420) continue;
+      const Layer team = solve(n, batch, processors, method, threads);
+      if (!same(one.h, team.h) || !same(one.m, team.m))
+        fail("threads change the bits", n, method, threads);
+    }
+  }
+}
+
+// Registers and memory give the same digits.
+void methods_agree(int n) {
+  const Layer large = solve(n, kFamilies, 64, 2, 1), huge = solve(n, kFamilies, 64, 3, 1);
+  check_values(huge, 3);
+  if (!same(large.h, huge.h) || !same(large.m, huge.m)) fail("methods differ", n, 3, 0);
+}
+
+// Layers in one plan have the bits they have alone, as long as the poles are split the same way.
+void layers_agree() {
+  std::vector<Layer> layers;
+  for (const int n : {64, 3, 130, 1, 70}) layers.emplace_back(n, 2, 31u * n);
+  std::vector<GramLayer<float, float>> views;
+  for (Layer& layer : layers) views.push_back(layer.view());
+  rational(views, kPoles, 64, -1, 1);
+  for (const Layer& layer : layers) {
+    const Layer alone = solve(layer.n, 2, 64, 2, 1);
+    if (!same(layer.h, alone.h) || !same(layer.m, alone.m))
+      fail("layers change the bits", layer.n, 2, 0);
+  }
+  // Many layers take several launches; many small matrices take their own.
+  std::vector<Layer> more;
+  for (int i = 0; i < ses::sweep::kMaxLayers + 3; ++i) more.emplace_back(5, 1, 31u * 5);
+  more.emplace_back(5, 300, 31u * 5);
+  more.emplace_back(66, 1, 31u * 66);
+  views.clear();
+  for (Layer& layer : more) views.push_back(layer.view());
+  rational(views, kPoles, 64, -1, 1);
+  const Layer small = solve(5, 300, 64, 0, 1), large = solve(5, 1, 64, 2, 1);
+  if (!same(more[ses::sweep::kMaxLayers + 3].m, small.m)) fail("many small matrices", 5, 0, 0);
+  for (int i = 0; i < ses::sweep::kMaxLayers + 3; ++i)
+    if (!same(more[i].m, large.m)) fail("many layers", 5, 2, 0);
+}
+
+}  // namespace
+
+int main() {
+  for (int method = 0; method < ses::sweep::kMethods; ++method)
+    for (const int n : {1, 2, 5, 13, 25, 50})
+      if (n <= ses::sweep::side_of(method)) threads_agree(n, method, n < 10 ? kFamilies : 2);
+  for (const int n : {1, 12, 13, 24, 25, 60}) methods_agree(n);
+  layers_agree();
+  std::puts("ok");
+}
