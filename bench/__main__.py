@@ -25,8 +25,7 @@ def main() -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     status = pytest.main(
         [
-            str(HERE / "bench_entropy.py"),
-            str(HERE / "bench_eigh.py"),
+            *(str(HERE / f"bench_{name}.py") for name in ("solvers", "entropy", "eigh", "sweep")),
             f"--benchmark-json={options.output}",
             "--benchmark-quiet",
             *for_pytest,

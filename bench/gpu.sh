@@ -6,7 +6,7 @@
 # Uses the environment of $PYTHON: torch >= 2.11, nvcc, and the extra "test" of pyproject.toml; CuPy
 # and JAX join the benchmarks where they are installed. A stage that fails or runs out of its time
 # does not stop the rest; the exit code is the number of such stages. Rows, table and plot:
-# bench/results/<device>.*
+# bench/results/<device>.*; which solver is taken where: ses_kernels/crossover.py
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -30,27 +30,31 @@ stage() { # name, seconds, command...
 
 small_run='
 import torch, ses_kernels
-for shape in [(3, 5, 7), (4, 33, 16), (2, 64, 96), (1, 130, 70)]:
+for shape in [(3, 5, 7), (4, 33, 16), (2, 64, 96), (1, 130, 70), (1, 200, 300), (1, 300, 400)]:
     x = torch.randn(shape, device="cuda", requires_grad=True)
     ses_kernels.spectral_entropy(x).sum().backward()
+    ses_kernels.spectral_entropy(x, solver="rational").sum().backward()
     ses_kernels.linalg.eigh(x.detach() @ x.detach().mT)
     assert x.grad.isfinite().all()
 torch.cuda.synchronize()
 '
 
-stage "build" 90 "$PYTHON" setup.py build_ext --inplace
-stage "capabilities" 15 "$PYTHON" -m ses_kernels
-stage "suite" 210 "$PYTHON" -m pytest -q -rs -n 4
+stage "build" 80 "$PYTHON" setup.py build_ext --inplace
+stage "capabilities" 10 "$PYTHON" -m ses_kernels
+stage "suite" 205 "$PYTHON" -m pytest -q -rs -n 4
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
     # Without the caching allocator, an access past a tensor is one past its allocation.
-    stage "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    stage "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -c "$small_run"
   else
     echo "=== $tool skipped: compute-sanitizer is not on PATH"
   fi
 done
-stage "benchmarks" 130 "$PYTHON" -m bench --budget 0.1 -k "float32 or ResNet-18"
+stage "benchmarks" 130 "$PYTHON" -m bench --budget 0.05 -k "float32 or ResNet-18"
+# Last, so that the rows above belong to what is committed. If it decides otherwise than the table
+# that they were measured with, commit the new one and run all of this again.
+stage "crossover" 40 "$PYTHON" -m bench.crossover --budget 0.02
 
 if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "${failed[@]}"

@@ -6,9 +6,17 @@ import json
 import sys
 from pathlib import Path
 
+from bench.bench_sweep import FIXED_BATCHES, FIXED_SIZES
 from bench.measure import BASE
 
 Row = dict
+
+PARTS = {  # modes that share a table
+    "Entropies of a network's layers": ("forward", "forward+backward"),
+    "From Gram matrices to entropy and gradient": ("solver",),
+    "Batched eigendecomposition": ("eigh",),
+    "Entropy and gradient by size": ("sweep",),
+}
 
 
 def table(rows: list[Row]) -> str:
@@ -17,20 +25,22 @@ def table(rows: list[Row]) -> str:
     Ours in milliseconds, the others as their time over ours in the same round: median (quartiles).
     """
     measured = [row for row in rows if "seconds" in row]
-    parts = [[r for r in measured if (r["mode"] == "eigh") == eigh] for eigh in (False, True)]
-    return "\n\n".join(_table(part) for part in parts if part)
+    parts = {title: [r for r in measured if r["mode"] in modes] for title, modes in PARTS.items()}
+    return "\n\n".join(f"## {title}\n\n{_table(part)}" for title, part in parts.items() if part)
 
 
 def _table(measured: list[Row]) -> str:
     names = list(dict.fromkeys(row["provider"] for row in measured if row["provider"] != BASE))
-    lines = [
-        f"| shape | mode | {BASE}, ms | {' | '.join(f'{name} / {BASE}' for name in names)} |",
-        "|" + "---|" * (3 + len(names)),
-    ]
+    rooflines = any("roofline_seconds" in row for row in measured)
+    titles = ["shape", "mode", f"{BASE}, ms", *["its roofline, ms"] * rooflines]
+    titles += [f"{name} / {BASE}" for name in names]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for key, by_name in _grouped(measured).items():
         shape, dtype, mode, clock = key
         base = by_name.get(BASE)
         cells = [_ratio(by_name.get(name), base) for name in names]
+        if rooflines:
+            cells.insert(0, f"{1e3 * base['roofline_seconds']:.3g}" if base else "-")
         label = mode if clock == "wall" else f"{mode}, {dtype}, {clock}"
         own = _milliseconds(base) if base else "-"
         lines.append(f"| {shape} | {label} | {own} | {' | '.join(cells)} |")
@@ -66,40 +76,16 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     measured = [row for row in rows if "seconds" in row]
+    sweep = [row for row in measured if row["mode"] == "sweep"]
     # One panel for one setting: a step where it was measured, in the first dtype and clock.
     first = next((row for row in measured if row["mode"] == "forward+backward"), measured[0])
     setting = ("mode", "dtype", "clock")
-    measured = [row for row in measured if all(row[key] == first[key] for key in setting)]
-    by_shape = _grouped(measured)
-    names = list(dict.fromkeys(row["provider"] for row in measured))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), width_ratios=[2, 1])
-
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
-    for name in names:
-        found = [(g[name], y) for y, g in enumerate(by_shape.values()) if name in g and BASE in g]
-        ratios = [row[f"over {BASE}"][1] for row, _ in found]
-        left.plot(ratios, [y for _, y in found], "o", color=colours[name], label=name)
-    left.grid(alpha=0.3)
-    left.set_xscale("log")
-    left.set_yticks(range(len(by_shape)), [key[0] for key in by_shape])
-    left.invert_yaxis()
-    left.set_xlabel(f"time over {BASE}, median of paired rounds")
-    left.legend(fontsize="small")
-
-    # Batches of B < d: how the cost of a matrix grows with n = B.
-    for name in names:
-        points = sorted(
-            (side, row["seconds"][1] / batch)
-            for row in measured
-            if row["provider"] == name and len(row["layers"][0]) == 3
-            for batch, side, d in row["layers"]
-            if side < d
-        )
-        if points:
-            sides, costs = zip(*points, strict=True)
-            right.loglog(sides, [1e6 * cost for cost in costs], marker="o", color=colours[name])
-    right.set_xlabel("n = B < d, batched")
-    right.set_ylabel("microseconds per matrix")
+    figure = plt.figure(figsize=(16, 10))
+    axes = figure.subplot_mosaic([["ratios", "n"], ["ratios", "batch"]], width_ratios=[5, 4])
+    _plot_ratios(axes["ratios"], [r for r in measured if all(r[k] == first[k] for k in setting)])
+    # layers of a sweep: one (batch, n, 2 n)
+    _plot_sweep(axes["n"], sweep, "n", 1, "batch", 0, FIXED_BATCHES)
+    _plot_sweep(axes["batch"], sweep, "batch", 0, "n", 1, FIXED_SIZES)
 
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v)
     conditions = f"{first['mode']}, {first['dtype']}, {first['clock']} clock"
@@ -108,6 +94,45 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _plot_ratios(axes, rows: list[Row]) -> None:
+    by_shape = _grouped(rows)
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        found = [(g[name], y) for y, g in enumerate(by_shape.values()) if name in g and BASE in g]
+        ratios = [row[f"over {BASE}"][1] for row, _ in found]
+        axes.plot(ratios, [y for _, y in found], "o", label=name)
+    axes.grid(alpha=0.3)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(by_shape)), [key[0] for key in by_shape])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time over {BASE}, median of paired rounds")
+    axes.legend(fontsize="small")
+
+
+def _plot_sweep(axes, rows, along: str, x: int, of: str, fixed: int, values: list[int]) -> None:
+    """A line for each provider, by style, and for each of the fixed ``values``, by colour."""
+    styles = dict(
+        zip(dict.fromkeys(row["provider"] for row in rows), ("-", "--", ":"), strict=False)
+    )
+    for name, style in styles.items():
+        axes.plot([], style, color="black", label=name)
+        for colour, value in enumerate(values):
+            points = sorted(
+                (row["layers"][0][x], 1e6 * row["seconds"][1] / row["layers"][0][0])
+                for row in rows
+                if row["provider"] == name and row["layers"][0][fixed] == value
+            )
+            label = f"{of} = {value}" if name == BASE else None
+            axes.plot(*zip(*points, strict=True), f".{style}", color=f"C{colour}", label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.set_xlabel(along)
+    axes.set_ylabel("microseconds a matrix")
+    if styles:
+        axes.legend(fontsize="small")
 
 
 def write(results: Path) -> None:

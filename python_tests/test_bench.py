@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import mpmath
 import pytest
 import torch
 
-from bench import report
+from bench import accuracy, bench_solvers, bench_sweep, crossover, report
 from bench.providers import Provider, io_bytes, io_floor, providers
 from bench.shapes import SHAPES
 from bench.timing import paired, paired_ratios, peak_bytes
+from ses_kernels import __main__ as capabilities
+from ses_kernels import crossover as table
 from ses_kernels import reference
 
 ROOT = Path(__file__).parents[1]
@@ -113,12 +121,21 @@ def test_report_from_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         common | {"provider": "paper", "seconds": [0.1, 0.12, 0.3], "over ours": [50, 60, 75]},
         common | {"provider": "absent", "skipped": "not here"},
     ]
+    solver = rows[0] | {"shape": "solver-2x8", "mode": "solver", "clock": "eager"}
+    rows.append(solver | {"roofline_seconds": 0.0005})
+    rows += [
+        row | {"shape": f"{batch}x{n}x{2 * n}", "layers": [[batch, n, 2 * n]], "mode": "sweep"}
+        for row in rows[:2]
+        for batch, n in [(1, 4), (1, 8), (1, 32), (64, 8), (2, 8)]
+    ]
     results = tmp_path / "device.json"
     results.write_text(json.dumps({"rows": rows}))
     report.write(results)
     table = results.with_suffix(".md").read_text()
     assert table == capsys.readouterr().out
     assert "| 2x8x16 | forward+backward | 2 (1-3) | 60x (50-75) |" in table
+    assert "| solver-2x8 | solver, float32, eager | 2 (1-3) | 0.5 |" in table
+    assert "| 64x8x16 | sweep | 2 (1-3) | 60x (50-75) |" in table
     assert "absent" not in table
     assert results.with_suffix(".png").stat().st_size > 1000
 
@@ -128,21 +145,248 @@ def test_bench_command_writes_complete_rows(tmp_path: Path) -> None:
     # A pytest of its own, that must not take itself for a worker of this one.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    options = ["--output", str(results), "--budget", "0", "-k", "64x128x256 and not backward"]
+    chosen = "64x128x256 and not backward or solver and 144-64 or sweep and 32-8"
+    options = ["--output", str(results), "--budget", "0", "-k", chosen]
     command = [sys.executable, "-m", "bench", *options]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    rows = {row["provider"]: row for row in json.loads(results.read_text())["rows"]}
-    assert {"ours", "paper", "gram, closed form", "svdvals", "I/O floor"} <= rows.keys()
-    assert rows["ours"]["rounds"] == 3
-    assert rows["ours"]["peak_bytes"] > 0
-    assert {"device", "threads", "versions", "commit", "dtype", "io_bytes"} <= rows["ours"].keys()
+    rows: dict[str, dict[str, dict]] = {}
+    for row in json.loads(results.read_text())["rows"]:
+        rows.setdefault(row["mode"], {})[row["provider"]] = row
+    networks = {"ours", "paper", "gram, closed form", "svdvals", "I/O floor"}
+    assert networks <= rows["forward"].keys()
+    assert {"ours", "ours, eigh", "torch eigh"} <= rows["solver"].keys()
+    assert {"ours", "gram, autograd", "gram, closed form"} == rows["sweep"].keys()
+    for ours in (by_provider["ours"] for by_provider in rows.values()):
+        assert ours["rounds"] == 3
+        assert ours["peak_bytes"] > 0
+        assert {"device", "threads", "versions", "commit", "dtype", "io_bytes"} <= ours.keys()
+
+
+def test_gpu_script_takes_less_than_nine_minutes_and_fills_the_table() -> None:
+    script = ROOT / "bench" / "gpu.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    stages = re.findall(r'stage "([^"]+)" (\d+)', script.read_text())
+    limits = {name: int(seconds) for name, seconds in stages}
+    assert {"suite", "benchmarks", "crossover"} <= limits.keys()
+    assert sum(limits.values()) + limits["$tool"] <= 9 * 60  # two tools
 
 
 def test_gpu_script_says_that_there_is_no_gpu() -> None:
     script = ROOT / "bench" / "gpu.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
     done = subprocess.run([str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 64
     assert "needs a CUDA GPU" in done.stderr
     assert done.stdout == ""
+
+
+def test_accuracy_reference_is_the_derivative() -> None:
+    """Against 60 digits of H, differenced, on exact rank 3 of 4 x 6: two singular values are 0."""
+    x = torch.randint(-9, 10, (4, 6), generator=torch.Generator().manual_seed(0)).float()
+    x[3] = x[0]
+    with mpmath.workdps(60):
+
+        def entropy(rows: list[list[mpmath.mpf]]) -> mpmath.mpf:
+            centred = mpmath.matrix(4, 6)
+            for j in range(6):
+                mean = sum(row[j] for row in rows) / 4
+                for i in range(4):
+                    centred[i, j] = rows[i][j] - mean
+            eigenvalues = mpmath.eigsy(centred * centred.T, eigvals_only=True)
+            p = [w / sum(eigenvalues) for w in eigenvalues if w > 1e-40]
+            return -sum(q * mpmath.log(q) for q in p)
+
+        rows = [[mpmath.mpf(v) for v in row] for row in x.tolist()]
+        h, g = accuracy.reference(x)
+        assert abs(h.item() - entropy(rows)) < 1e-14
+        # Rows 0 and 3 move together, for apart they open a direction where H has no derivative.
+        for moved, j in [((0, 3), 0), ((1,), 2), ((2,), 5)]:
+            values = []
+            for step in (-1e-15, 1e-15):
+                for i in moved:
+                    rows[i][j] = x[i, j].item() + mpmath.mpf(step)
+                values.append(entropy(rows))
+            for i in moved:
+                rows[i][j] = mpmath.mpf(x[i, j].item())
+            slope = (values[1] - values[0]) / mpmath.mpf(2e-15)
+            assert abs(sum(g[i, j].item() for i in moved) - slope) < 1e-14
+
+
+def test_accuracy_command_writes_complete_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "rows.json"
+    command = ["accuracy", "--shapes", "8x12", "12x7", "--seeds", "1", "--output", str(results)]
+    monkeypatch.setattr(sys, "argv", command)
+    accuracy.main()
+    rows = json.loads(results.read_text())["rows"]
+    assert len(rows) == len(accuracy.FAMILIES) * len(accuracy.ROUTES)
+    assert {"device", "threads", "versions", "commit", "dtype", "shapes", "seeds"} <= rows[0].keys()
+    for row in rows:
+        assert 0 <= row["value"] < 1e-4
+        assert 0 < row["gradient"] < (1e-4 if row["family"] == "Gaussian" else torch.inf)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(accuracy.FAMILIES)
+    assert all(line.count("|") == 2 + len(accuracy.ROUTES) for line in table)
+
+
+def test_solvers_measured_agree() -> None:
+    x = torch.randn(3, 12, 40)
+    x -= x.mean(-2, keepdim=True)
+    calls = bench_solvers.calls(x @ x.mT)
+    assert {"ours", "ours, eigh", "torch eigh"} <= calls.keys()
+    h, m = (part.double() for part in calls["torch eigh"]())
+    exact = torch.stack([reference.spectral_entropy(part) for part in x.double()])
+    torch.testing.assert_close(h, exact, rtol=1e-5, atol=1e-5)
+    # Rounding has its way with log P along 1, the null space of a centred Gram matrix.
+    centre = torch.eye(12).double() - 1 / 12
+    for name, call in calls.items():
+        h_of, m_of = (part.double() for part in call())
+        torch.testing.assert_close(h_of, h, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            centre @ m_of @ centre, centre @ m @ centre, rtol=1e-3, atol=1e-6, msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("properties", "teraflops", "gigabytes"),
+    [  # kHz, bits; beside them the data sheets of T4, A100 with 40 GB, L40S and H100 SXM
+        ((7, 5, 40, 1_590_000, 5_001_000, 256), 8.1, 320),
+        ((8, 0, 108, 1_410_000, 1_215_000, 5120), 19.5, 1555),
+        ((8, 9, 142, 2_520_000, 9_001_000, 384), 91.6, 864),
+        ((9, 0, 132, 1_980_000, 2_619_000, 5120), 67, 3350),
+    ],
+    ids=["T4", "A100", "L40S", "H100"],
+)
+def test_roofline_is_that_of_the_data_sheet(properties, teraflops, gigabytes) -> None:
+    names = ("major", "minor", "multi_processor_count", "clock_rate", "memory_clock_rate",
+             "memory_bus_width")  # fmt: skip
+    device = SimpleNamespace(**dict(zip(names, properties, strict=True)))
+    arithmetic, memory = bench_solvers.peaks(device)
+    assert arithmetic == pytest.approx(1e12 * teraflops, rel=0.02)
+    assert memory == pytest.approx(1e9 * gigabytes, rel=0.02)
+    assert bench_solvers.roofline(7 * arithmetic, 5 * memory, device) == pytest.approx(7)
+    assert bench_solvers.roofline(5 * arithmetic, 7 * memory, device) == pytest.approx(7)
+
+
+def test_sweep_covers_the_sizes() -> None:
+    batches, sizes = zip(*bench_sweep.POINTS, strict=True)
+    assert (min(batches), max(batches)) == (1, 8192)
+    assert (min(sizes), max(sizes)) == (4, 512)
+
+
+def test_winning_sizes_from_disturbed_ratios() -> None:
+    sizes, batches = (8, 16, 32, 64), (1, 8, 64)
+    stairs = {16: 1, 32: 8}
+    ratios = {
+        (n, batch): 2.0 if any(n <= top and batch >= low for top, low in stairs.items()) else 0.5
+        for n in sizes
+        for batch in batches
+    }
+    assert crossover.winning(ratios) == stairs
+    assert crossover.winning(ratios | {(16, 8): 0.6, (64, 1): 1.5}) == stairs
+    within_noise = dict.fromkeys(ratios, 0.96)
+    assert crossover.winning(within_noise) == {64: 1}
+    slower = dict.fromkeys(ratios, 0.94)
+    assert crossover.winning(slower) == crossover.winning({}) == {}
+    assert crossover.winning(slower | {(n, 64): 1.0 for n in sizes}) == {64: 64}
+
+
+def test_table_is_as_the_command_writes_it() -> None:
+    text = crossover.TABLE_FILE.read_text()
+    assert crossover.source(text) == text
+    for facts in table.MEASURED.values():
+        measured = {"device", "threads", "torch", "commit", "dirty", "date"} == facts.keys()
+        assert measured or facts.keys() == {"not measured"}
+    for rows in (*table.RATIONAL.values(), *table.EIGH.values()):
+        assert list(rows) == sorted(rows)
+        assert list(rows.values()) == sorted(set(rows.values()))
+
+
+def test_crossover_command_rewrites_the_rows_of_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, results = tmp_path / "crossover.py", tmp_path / "rows.json"
+    file.write_text(crossover.TABLE_FILE.read_text())
+    monkeypatch.setattr(crossover, "TABLE_FILE", file)
+    small = {
+        name: dataclasses.replace(decision, sizes=(4, 6, 1 << 20), batches=(1, 3))
+        for name, decision in crossover.DECISIONS.items()
+    }
+    small["RATIONAL"] = dataclasses.replace(small["RATIONAL"], sizes=(4, 6))
+    monkeypatch.setattr(crossover, "DECISIONS", small)
+    for name in ("MEASURED", "RATIONAL", "EIGH"):
+        monkeypatch.setattr(table, name, copy.deepcopy(getattr(table, name)))
+    before = runpy.run_path(str(file))
+    command = ["crossover", "--budget", "0", "--output", str(results)]
+    monkeypatch.setattr(sys, "argv", command)
+    crossover.main()
+
+    rows = json.loads(results.read_text())["rows"]
+    assert len(rows) == (2 + 3) * 4  # dtypes x sizes; n = 2^20 is beyond the eigh kernel
+    assert {"device", "threads", "versions", "commit", "dirty", "date"} <= rows[0].keys()
+    assert all(0 < row["ratio"][0] <= row["ratio"][2] for row in rows)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    after = runpy.run_path(str(file))
+    assert after["MEASURED"][here]["threads"] == torch.get_num_threads()
+    for name, decision in small.items():
+        assert after[name].keys() == before[name].keys()
+        for (device, dtype), stairs in after[name].items():
+            if device != here:
+                assert stairs == before[name][device, dtype]
+                assert after["MEASURED"][device] == before["MEASURED"][device]
+                continue
+            ratios = {
+                (row["n"], row["batch"]): row["ratio"][1]
+                for row in rows
+                if (row["table"], row["dtype"]) == (name, str(dtype).removeprefix("torch."))
+            }
+            assert stairs == crossover.winning(ratios)
+            assert stairs.keys() <= set(decision.sizes)
+    assert (
+        f"| 6 | {rows[2]['ratio'][1]:.2f} | {rows[3]['ratio'][1]:.2f} |" in capsys.readouterr().out
+    )
+
+
+def test_table_is_read_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {("cpu", torch.float32): {32: 1, 48: 4}, ("cpu", torch.bfloat16): {16: 1}}
+    for name, wins in (("RATIONAL", table.rational_wins), ("EIGH", table.eigh_wins)):
+        monkeypatch.setattr(table, name, rows)
+        assert [wins("cpu", torch.float32, n, 1) for n in (1, 32, 33, 48)] == [1, 1, 0, 0]
+        assert [wins("cpu", torch.float32, n, 4) for n in (32, 33, 48, 49)] == [1, 1, 1, 0]
+        assert not wins("cpu", torch.float32, 48, 3)
+        assert wins("cpu", torch.float16, 16, 1)  # by the rows of the other half type
+        assert not wins("cpu", torch.float64, 4, 1)
+        assert not wins("xpu", torch.float32, 4, 1)
+
+
+def test_table_without_batches_compiles_once_for_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(table, "RATIONAL", {("cpu", torch.float32): {8: 1, 32: 1}})
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counting)
+    def f(x):
+        wins = table.rational_wins(x.device.type, x.dtype, x.shape[-1], x.shape[0])
+        return x + 1 if wins else x - 1
+
+    torch._dynamo.reset()
+    for batch in (2, 3, 64, 4096):
+        assert f(torch.zeros(batch, 5)).sum() == 5 * batch
+    assert len(graphs) == 1
+
+
+def test_capabilities_print_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    capabilities.main()
+    out = capsys.readouterr().out
+    for device, facts in table.MEASURED.items():
+        for key, value in facts.items():
+            assert f"{key}: {value}" in out, device
+    for rows in (*table.RATIONAL.values(), *table.EIGH.values()):
+        for n, batch in rows.items():
+            assert f"n <= {n}" + (f" from batch {batch} on" if batch > 1 else "") in out
