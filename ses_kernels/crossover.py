@@ -30,8 +30,8 @@ MEASURED = {
         "device": "AMD EPYC",
         "threads": 2,
         "torch": "2.13.0+cpu",
-        "commit": "1c606e7759a9b9475b298f103e42ab8ba02cfa98",
-        "dirty": True,
+        "commit": "97430bb22f84affe7056b2fa9207a414290725be",
+        "dirty": False,
         "date": "2026-11-22",
     },
     "cuda": {
@@ -51,7 +51,7 @@ EIGH = {
 RATIONAL = {
     ("cpu", torch.float32): {1536: 1},
     ("cpu", torch.float64): {1536: 1},
-    ("cpu", torch.bfloat16): {1536: 1},
+    ("cpu", torch.bfloat16): {1024: 1},
     ("cuda", torch.float32): {256: 1},
     ("cuda", torch.float64): {},
     ("cuda", torch.bfloat16): {256: 1},
