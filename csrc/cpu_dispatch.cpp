@@ -79,6 +79,12 @@ struct Shares {
   }
 };
 
+// One matrix's product of n x n sums over `depth`, or of an n x n matrix with `depth` columns.
+double product_nanoseconds(long n, long depth) {
+  const double size = static_cast<double>(n);
+  return (0.015 * size + 0.3) * size * static_cast<double>(depth);
+}
+
 // Above, two registers a lane no longer fit the L2 cache, and the arithmetic hides the latencies.
 constexpr int kUnrollLimit = 64;
 
@@ -164,7 +170,7 @@ void rational_cpu(const GramLayer<double, M>* layers, int count, const Poles& po
     for (long first = 0; first < layer->batch; first += step) tasks.push_back({layer, first});
   }
   if (tasks.empty()) return;
-  const int workers = work < 2 * kTeamNanoseconds ? 1 : threads;
+  const int workers = workers_for(work, threads);
   const Workspaces workspaces(bytes, workers);
   parallel(workers, static_cast<long>(tasks.size()), [&](int worker, long i) {
     kernel.run(*tasks[i].layer, tasks[i].first, poles, workspaces[worker]);
@@ -209,9 +215,7 @@ void gram_cpu(const Samples<X>& x, const Standard<L>& standard, Side side, K* gr
   }();
   const long n = side == Side::kSamples ? x.rows : x.columns;
   const long depth = side == Side::kSamples ? x.columns : x.rows;
-  const double size = static_cast<double>(n);
-  const Shares shares(x.batch, (0.015 * size + 0.3) * size * static_cast<double>(depth),
-                      (n + 31) / 32, threads);
+  const Shares shares(x.batch, product_nanoseconds(n, depth), (n + 31) / 32, threads);
   const Workspaces workspaces(kernels.gram_bytes(n), shares.workers);
   parallel(shares.workers, shares.tasks, [&](int worker, long task) {
     shares.each(task, x.batch, [&](long b, int part) {
@@ -227,9 +231,7 @@ void gram_backward_cpu(const L* m, const Samples<X>& x, const Standard<L>& stand
   const GramKernels<X, L>& kernels = SES_KERNELS_HERE(gram_kernels<X, L>);
   const long n = side == Side::kSamples ? x.rows : x.columns;
   const long other = side == Side::kSamples ? x.columns : x.rows;
-  const double size = static_cast<double>(n);
-  const Shares shares(x.batch, (0.015 * size + 0.3) * size * static_cast<double>(other),
-                      (other + 63) / 64, threads);
+  const Shares shares(x.batch, product_nanoseconds(n, other), (other + 63) / 64, threads);
   const Workspaces workspaces(kernels.backward_bytes(n), shares.workers);
   parallel(shares.workers, shares.tasks, [&](int worker, long task) {
     shares.each(task, x.batch, [&](long b, int part) {

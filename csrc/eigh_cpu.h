@@ -1,6 +1,8 @@
 // Between the CPU dispatcher and the kernels compiled for each instruction set.
 #pragma once
 
+#include "isa.h"
+
 namespace ses {
 
 // Solves `count` <= `lanes` matrices in lockstep, in `workspace_bytes(n)` of 64-byte aligned
@@ -21,17 +23,6 @@ struct GroupKernels {
   GroupKernel<T> width[kGroupWidths];  // widest first
 };
 
-// SES_X86: the build compiled eigh_cpu.cpp for these too.
-#define SES_DECLARE_ISA(isa)              \
-  namespace isa {                         \
-  template <typename T>                   \
-  const GroupKernels<T>& group_kernels(); \
-  }
-SES_DECLARE_ISA(portable)
-#if defined(SES_X86)
-SES_DECLARE_ISA(avx2)
-SES_DECLARE_ISA(avx512)
-#endif
-#undef SES_DECLARE_ISA
+SES_DECLARE_FOR_EACH_ISA(template <typename T> const GroupKernels<T>& group_kernels();)
 
 }  // namespace ses

@@ -4,8 +4,8 @@
 
 #include <atomic>
 #include <sstream>
-#include <stdexcept>
 
+#include "cuda_host.h"
 #include "eigh.h"
 #include "group.h"
 #include "jacobi.h"
@@ -54,33 +54,6 @@ __global__ void __launch_bounds__(kMaxThreads)
                reinterpret_cast<T*>(shared_bytes));
 }
 
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // a launch error must not surface again in someone else's check
-  std::ostringstream message;
-  message << "eigh_cuda: " << what << ": " << cudaGetErrorString(status) << " ("
-          << cudaGetErrorName(status) << ")";
-  throw std::runtime_error(message.str());
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != previous_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
 // Also loads both kernels, which a later call under graph capture then need not do.
 template <typename T>
 int query_max_n(int device) {
@@ -98,7 +71,7 @@ int query_max_n(int device) {
   }
   int bytes = 0;
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDevAttrMaxSharedMemoryPerBlockOptin");
+        "eigh_cuda: cudaDevAttrMaxSharedMemoryPerBlockOptin");
   return max_n_for_shared(static_cast<std::size_t>(bytes) - block.sharedSizeBytes, sizeof(T));
 }
 
@@ -131,13 +104,13 @@ void eigh_cuda(const T* a, T* w, T* v, long batch, int n, int device, void* stre
     if (bytes > kDefaultSharedBytes) {
       check(cudaFuncSetAttribute(eigh_block<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(bytes)),
-            "shared memory for this n");
+            "eigh_cuda: shared memory for this n");
     }
     eigh_block<T><<<static_cast<unsigned>(batch), block_threads(n), bytes, on>>>(a, w, v, n);
   }
   std::ostringstream what;
-  what << "launch for batch " << batch << ", n " << n << ", itemsize " << sizeof(T) << " on device "
-       << device;
+  what << "eigh_cuda: launch for batch " << batch << ", n " << n << ", itemsize " << sizeof(T)
+       << " on device " << device;
   check(cudaPeekAtLastError(), what.str().c_str());
 }
 

@@ -3,7 +3,7 @@
 // them. Xs itself is made a block at a time. CPU only.
 #pragma once
 
-#include "eigh_cpu.h"
+#include "isa.h"
 
 namespace ses {
 
@@ -54,17 +54,7 @@ struct GramKernels {
                    void* workspace);
 };
 
-#define SES_DECLARE_ISA(isa)               \
-  namespace isa {                          \
-  template <typename X, typename L>        \
-  const GramKernels<X, L>& gram_kernels(); \
-  }
-SES_DECLARE_ISA(portable)
-#if defined(SES_X86)
-SES_DECLARE_ISA(avx2)
-SES_DECLARE_ISA(avx512)
-#endif
-#undef SES_DECLARE_ISA
+SES_DECLARE_FOR_EACH_ISA(template <typename X, typename L> const GramKernels<X, L>& gram_kernels();)
 
 // ---- what bindings.cpp calls: one call for a batch ----
 

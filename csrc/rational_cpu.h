@@ -2,6 +2,7 @@
 // kernels compiled for each instruction set.
 #pragma once
 
+#include "isa.h"
 #include "rational.h"
 
 namespace ses {
@@ -22,16 +23,6 @@ struct RationalKernel {
   void (*run)(const GramLayer<double, M>& layer, long first, const Poles& poles, void* workspace);
 };
 
-#define SES_DECLARE_ISA(isa)                  \
-  namespace isa {                             \
-  template <typename M>                       \
-  const RationalKernel<M>& rational_kernel(); \
-  }
-SES_DECLARE_ISA(portable)
-#if defined(SES_X86)
-SES_DECLARE_ISA(avx2)
-SES_DECLARE_ISA(avx512)
-#endif
-#undef SES_DECLARE_ISA
+SES_DECLARE_FOR_EACH_ISA(template <typename M> const RationalKernel<M>& rational_kernel();)
 
 }  // namespace ses
