@@ -15,8 +15,8 @@ PACKAGE = ROOT / "ses_kernels"
 
 # Each file may import those before it; reference.py, another route, imports none of them.
 LAYERS = ["reference", "kernels.gram", "_C", "rational", "partial_fractions", "crossover", "ops",
-          "lowrank", "distributed", "entropy", "solvers", "autograd", "linalg", "functional",
-          "__init__", "__main__"]  # fmt: skip
+          "lowrank", "distributed", "entropy", "solvers", "autograd", "linalg", "functional", "metrics",
+          "pooling", "layers", "regularizer", "__init__", "__main__"]  # fmt: skip
 
 
 def imports_of(path):
@@ -50,8 +50,8 @@ def test_imports_go_down_the_layers():
 
 def test_only_ops_names_a_device():
     """autograd.py and what it builds on run on any device: no file but ops.py asks which."""
-    for name in ("functional", "autograd", "solvers", "entropy", "distributed", "lowrank",
-                 "reference"):  # fmt: skip
+    for name in ("regularizer", "layers", "pooling", "metrics", "functional", "autograd", "solvers",
+                 "entropy", "distributed", "lowrank", "reference"):  # fmt: skip
         text = (PACKAGE / f"{name}.py").read_text()
         code = re.sub(r'""".*?"""|#.*', "", text, flags=re.S)
         assert "cuda" not in code.lower(), name

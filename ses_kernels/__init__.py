@@ -1,7 +1,15 @@
 """The spectrum of activations inside a training loop: entropy, effective rank, batched eigh."""
 
-from ses_kernels import linalg, reference
+from ses_kernels import linalg, metrics, reference
 from ses_kernels.functional import effective_rank, spectral_entropies, spectral_entropy
+from ses_kernels.regularizer import SESRegularizer
 
 __version__ = "0.1.0"
-__all__ = ["effective_rank", "linalg", "reference", "spectral_entropies", "spectral_entropy"]
+__all__ = [
+    "SESRegularizer",
+    "effective_rank",
+    "linalg",
+    "reference",
+    "spectral_entropies",
+    "spectral_entropy",
+]

@@ -54,7 +54,8 @@ def _without_autocast(method):
     @functools.wraps(method)
     def inner(*args):
         device = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.is_autocast_enabled(device):
+        available = torch.amp.is_autocast_available(device)  # not on the meta device
+        if not (available and torch.is_autocast_enabled(device)):
             return method(*args)
         with torch.autocast(device, enabled=False):
             return method(*args)

@@ -1,0 +1,105 @@
+"""Run by torchrun from test_distributed.py: SESRegularizer under DDP and FSDP2."""
+
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ses_kernels import SESRegularizer
+
+LAYERS = ["0", "2", "4"]  # 12 and 20 features, and more features than samples
+
+
+def network():
+    torch.manual_seed(0)
+    sizes = [(5, 12), (12, 20), (20, 70)]
+    layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(70, 3)).double()
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g.full_tensor() if isinstance(g, DTensor) else g.clone() for g in grads]
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
+
+
+def main():
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    counts = [8 + 5 * r for r in range(world)]
+    start = sum(counts[:rank])
+    torch.manual_seed(1)
+    x, y = torch.randn(sum(counts), 5).double(), torch.randint(3, (sum(counts),))
+    even = slice(8 * rank, 8 * rank + 8)
+    uneven = slice(start, start + counts[rank])
+
+    def sharded(model):
+        for layer in [*model[::2], model]:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
+        return model
+
+    for wrap in (DistributedDataParallel, sharded):
+        for attach_first in (True, False):
+            single = network()
+            model = copy.deepcopy(single)
+            options = {"layers": LAYERS, "lambda_ses": 1.0, "beta": 0.5, "every_k": 2}
+            joined = SESRegularizer(single, **options)
+            if attach_first:
+                reg = SESRegularizer(model, process_group=dist.group.WORLD, **options)
+            model = wrap(model)
+            if not attach_first:
+                reg = SESRegularizer(model, process_group=dist.group.WORLD, **options)
+
+            # Task and penalty of even shards: DDP's mean of the ranks' means is the joined mean.
+            everything = slice(0, 8 * world)
+            task = F.cross_entropy(single(x[everything]), y[everything])
+            penalty = joined.loss()
+            expected = gradients(task + penalty, single)
+            task = F.cross_entropy(model(x[even]), y[even])
+            ours = reg.loss()
+            close(ours.detach(), penalty.detach())
+            close(gradients(task + ours, model), expected)
+            assert reg.entropies.keys() == joined.entropies.keys()
+            for name, h in joined.entropies.items():
+                assert abs(reg.entropies[name] - h) < 1e-10, name
+
+            model(x[even])  # a skipped step, on every rank
+            assert reg.loss().item() == 0
+
+            # Uneven shards: the penalty alone, whose weight does not depend on the shard.
+            joined.load_state_dict({"step": 0})
+            unused = 0 * single(x).sum()  # DDP waits for the gradient of every parameter
+            expected = gradients(joined.loss() + unused, single)
+            unused = 0 * model(x[uneven]).sum()
+            close(gradients(reg.loss() + unused, model), expected)
+
+    # Without a group each rank has its own entropies.
+    model = DistributedDataParallel(network())
+    own = SESRegularizer(model, layers=LAYERS, beta=0.3)
+    alone = network()
+    mine = SESRegularizer(alone, layers=LAYERS, beta=0.3)
+    model(x[even])
+    alone(x[even])
+    close(own.loss().detach(), mine.loss().detach())
+    dist.barrier()
+    if rank == 0:
+        print(f"{world} ranks equal one process", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    main()
