@@ -1,6 +1,7 @@
 """Run by torchrun from test_distributed.py: SESRegularizer under DDP and FSDP2."""
 
 import copy
+import importlib.util
 import os
 
 import torch
@@ -33,6 +34,29 @@ def gradients(loss, model):
 
 def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_models():
+    import test_regularizer_models
+
+    return test_regularizer_models
+
+
+def library_model(build, rank, world):
+    """The three lines on a shard of the batch, against one process on all of it."""
+    single, inputs = test_models().make(build)
+    for module in single.modules():  # whose statistics would be those of a shard
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    model = DistributedDataParallel(copy.deepcopy(single))
+    mine = {name: x.chunk(world)[rank] for name, x in inputs.items()}
+    group = dist.group.WORLD
+    reg = SESRegularizer(model, beta=0.7, lambda_ses=0.01, hook_last_n=3, process_group=group)
+    joined = SESRegularizer(single, beta=0.7, lambda_ses=0.01, hook_last_n=3)
+    expected = gradients(single(**inputs).loss + joined.loss(), single)
+    ours = gradients(model(**mine).loss + reg.loss(), model)
+    scale = max(g.abs().max().item() for g in expected)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * scale)
 
 
 def main():
@@ -84,6 +108,10 @@ def main():
             expected = gradients(joined.loss() + unused, single)
             unused = 0 * model(x[uneven]).sum()
             close(gradients(reg.loss() + unused, model), expected)
+
+    if importlib.util.find_spec("transformers"):
+        for build in (test_models().resnet, test_models().vit, test_models().bert):
+            library_model(build, rank, world)
 
     # Without a group each rank has its own entropies.
     model = DistributedDataParallel(network())

@@ -200,6 +200,23 @@ def test_default_layers_of_transformers():
     assert reg.loss() > 0
 
 
+def test_default_layers_where_attention_is_made_of_attention_and_output():
+    """As in the ViT of transformers 4: the inner pair is part of the outer one."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.output = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.output = Attention(), nn.Linear(4, 4)
+
+    model = nn.Sequential(Block(), Block())
+    assert SESRegularizer(model).layers == ("0.attention", "0.output", "1.attention", "1.output")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -436,21 +453,23 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def test_nothing_of_a_feature_map_s_size_is_allocated():
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_nothing_of_a_feature_map_s_size_is_allocated(half):
     """By the profiler: under a dispatch mode autograd could not add its gradients in place."""
 
     def large_allocations(regularized):
         model = Net()
         reg = SESRegularizer(model) if regularized else None
-        x, y = batch(64)
+        x, y = batch(600)
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profile:
-            loss = F.cross_entropy(model(x), y)
-            if reg:
-                loss = loss + reg.loss()
+            with torch.autocast("cpu", half, enabled=half is not None):
+                loss = F.cross_entropy(model(x), y)
+                if reg:
+                    loss = loss + reg.loss()
             loss.backward()
-        smallest_map = 64 * 8 * 8 * 8 * 4
+        smallest_map = 600 * 8 * 8 * 8 * (4 if half is None else 2)
         return sorted(
             event.name for event in profile.events() if event.self_cpu_memory_usage >= smallest_map
         )

@@ -9,6 +9,7 @@ __all__ = [
     "SESRegularizer",
     "effective_rank",
     "linalg",
+    "metrics",
     "reference",
     "spectral_entropies",
     "spectral_entropy",

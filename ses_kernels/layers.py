@@ -99,7 +99,7 @@ def _default(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     for name, module in modules.items():
         children = dict(unwrap(module).named_children())
         pair = [next((c for c in kind if c in children), None) for kind in (_ATTENTION, _MLP)]
-        if all(pair) and not _inside(name, found):
+        if all(pair) and name not in found and not _inside(name, found):
             found += [f"{name}.{child}" for child in pair]
     if found:
         return set(found)

@@ -11,6 +11,8 @@ from torch import Tensor
 Pool = str | Callable[[Tensor], Tensor]
 Selector = int | str | Callable | None
 
+_BLOCK = 2**16  # elements
+
 
 def select(output, selector: Selector, layer: str) -> Tensor:
     """The one tensor of a layer's output: what ``selector`` names or returns, else the first."""
@@ -71,7 +73,12 @@ class _MeanOverPositions(torch.autograd.Function):
     @staticmethod
     def forward(x):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return x.mean(tuple(range(1, x.dim() - 1)), dtype=wide)
+        axes = tuple(range(1, x.dim() - 1))
+        if x.device.type != "cpu" or x.dtype == wide:
+            return x.mean(axes, dtype=wide)
+        # The CPU widens its whole argument first: some samples at a time, not a map in float32.
+        rows = max(1, _BLOCK // math.prod(x.shape[1:]))
+        return torch.cat([block.mean(axes, dtype=wide) for block in x.split(rows)])
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,0 +1,1 @@
+"""The regulariser inside other training frameworks; each module needs the framework it names."""
