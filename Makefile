@@ -7,10 +7,13 @@ BIN := $(VENV)/bin
 # What the extension and the environment are made from: a change to any of it installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo mnist test bench lint clean
 
 demo: $(VENV)/demo.stamp  ## train on handwritten digits with and without the entropy penalty
 	$(BIN)/python examples/digits.py
+
+mnist: $(VENV)/demo.stamp  ## the penalty on MNIST, three seeds; goes on where it was killed
+	$(BIN)/python examples/mnist.py --output mnist
 
 # One BLAS thread in each of two workers: small matrices gain nothing from more.
 test: $(VENV)/test.stamp  ## the whole suite
@@ -31,6 +34,6 @@ $(VENV)/%.stamp: $(INPUTS)
 	touch $@
 
 clean:  ## all that the targets above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find ses_kernels -name '*.so' -delete
