@@ -13,6 +13,7 @@ from bench import report
 from bench.provenance import file_stem
 
 HERE = Path(__file__).parent
+PARTS = ("solvers", "entropy", "eigh", "sweep", "training")
 
 
 def main() -> int:
@@ -25,7 +26,7 @@ def main() -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     status = pytest.main(
         [
-            *(str(HERE / f"bench_{name}.py") for name in ("solvers", "entropy", "eigh", "sweep")),
+            *(str(HERE / f"bench_{name}.py") for name in PARTS),
             f"--benchmark-json={options.output}",
             "--benchmark-quiet",
             *for_pytest,

@@ -6,7 +6,8 @@
 # Uses the environment of $PYTHON: torch >= 2.11, nvcc, and the extra "test" of pyproject.toml; CuPy
 # and JAX join the benchmarks where they are installed. A stage that fails or runs out of its time
 # does not stop the rest; the exit code is the number of such stages. Rows, table and plot:
-# bench/results/<device>.*; which solver is taken where: ses_kernels/crossover.py
+# bench/results/<device>.* and <device>-training.*; which solver is taken where:
+# ses_kernels/crossover.py
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -41,17 +42,20 @@ torch.cuda.synchronize()
 
 stage "build" 80 "$PYTHON" setup.py build_ext --inplace
 stage "capabilities" 10 "$PYTHON" -m ses_kernels
-stage "suite" 205 "$PYTHON" -m pytest -q -rs -n 4
+stage "suite" 205 "$PYTHON" -m pytest -q -rs -n 8 --ignore python_tests/lab
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
     # Without the caching allocator, an access past a tensor is one past its allocation.
-    stage "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    stage "$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -c "$small_run"
   else
     echo "=== $tool skipped: compute-sanitizer is not on PATH"
   fi
 done
-stage "benchmarks" 130 "$PYTHON" -m bench --budget 0.05 -k "float32 or ResNet-18"
+stage "benchmarks" 90 "$PYTHON" -m bench --budget 0.05 -k "(float32 or ResNet-18) and not training"
+device=$("$PYTHON" -c 'from bench.provenance import file_stem; print(file_stem("cuda"))')
+stage "training" 55 "$PYTHON" -m bench --budget 0.05 -k "training and torch.float16" \
+  --output "bench/results/$device-training.json"
 # Last, so that the rows above belong to what is committed. If it decides otherwise than the table
 # that they were measured with, commit the new one and run all of this again.
 stage "crossover" 40 "$PYTHON" -m bench.crossover --budget 0.02

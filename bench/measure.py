@@ -26,8 +26,12 @@ def measure(
     facts: dict,
     device: str,
     uncapturable: frozenset[str] = frozenset(),
+    base: str = BASE,
 ) -> None:
-    """Rows of ``calls`` into the benchmark; ``facts`` (shape, mode, clock, ...) go into each."""
+    """Rows of ``calls`` into the benchmark; ``facts`` (shape, mode, clock, ...) go into each.
+
+    ``base`` names the call by whose time those of the others are divided.
+    """
     rows, clocks = {}, {}
     for name, call in calls.items():
         rows[name] = {"provider": name, **facts, **provenance(device)}
@@ -37,15 +41,15 @@ def measure(
         except RuntimeError as error:  # a row all the same: why it could not run here
             rows[name]["skipped"] = str(error).partition("\n")[0]
     seconds = benchmark.pedantic(paired, (clocks, budget), rounds=1, iterations=1)
-    ratios = paired_ratios(seconds, BASE) if BASE in seconds else {}
+    ratios = paired_ratios(seconds, base) if base in seconds else {}
     for name, values in seconds.items():
         rows[name] |= {
             "rounds": len(values),
             "seconds": quartiles(values),
-            f"over {BASE}": ratios.get(name),
+            f"over {base}": ratios.get(name),
         }
     benchmark.extra_info["rows"] = list(rows.values())
-    assert facts["clock"] == "graph" or BASE in seconds, rows[BASE]["skipped"]
+    assert facts["clock"] == "graph" or base in seconds, rows[base]["skipped"]
 
 
 def _clock(call: Call, clock: str, uncapturable: bool):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from bench.bench_sweep import FIXED_BATCHES, FIXED_SIZES
+from bench.bench_training import BY_ITSELF, PLAIN, SES
 from bench.measure import BASE
 
 Row = dict
@@ -26,7 +27,10 @@ def table(rows: list[Row]) -> str:
     """
     measured = [row for row in rows if "seconds" in row]
     parts = {title: [r for r in measured if r["mode"] in modes] for title, modes in PARTS.items()}
-    return "\n\n".join(f"## {title}\n\n{_table(part)}" for title, part in parts.items() if part)
+    tables = {title: _table(part) for title, part in parts.items() if part}
+    if steps := [row for row in measured if row["mode"] == "training"]:
+        tables["A training step, without SES and with it"] = _training_table(steps)
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
 
 
 def _table(measured: list[Row]) -> str:
@@ -45,6 +49,39 @@ def _table(measured: list[Row]) -> str:
         own = _milliseconds(base) if base else "-"
         lines.append(f"| {shape} | {label} | {own} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _training_table(steps: list[Row]) -> str:
+    """What each penalty adds to the plain step, in % of its time: median of paired rounds, and its
+    95 % interval by the notches of McGill, Tukey & Larsen (1978), 1.57 IQR / sqrt(rounds).
+
+    SES by itself has outputs computed before and no network around it: its share of a plain step.
+    """
+    names = list(dict.fromkeys(row["provider"] for row in steps if row["provider"] != PLAIN))
+    counted = {"operations": 1, "launches": 1, "host_syncs": 1, "peak_bytes": 1 << 20}
+    counted = {field: unit for field, unit in counted.items() if any(field in r for r in steps)}
+    titles = ["step", "plain, ms", "its peak, MiB", "rounds", *(f"{name}, %" for name in names)]
+    titles += [f"SES adds: {field.replace('bytes', 'MiB').replace('_', ' ')}" for field in counted]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for (shape, dtype, _, clock), by_name in _grouped(steps).items():
+        plain, ses = by_name[PLAIN], by_name.get(SES, {})
+        cells = [f"{shape}, {dtype}, {clock}", _milliseconds(plain)]
+        cells += [f"{plain['peak_bytes'] / 2**20:.0f}", str(plain["rounds"])]
+        cells += [_added_time(by_name.get(name), plain) for name in names]
+        for field, unit in counted.items():
+            known = field in ses and field in plain
+            digits = 0 if unit == 1 else 1
+            cells.append(f"{(ses[field] - plain[field]) / unit:.{digits}f}" if known else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _added_time(row: Row | None, plain: Row) -> str:
+    if row is None:
+        return "-"
+    low, median, high = (100 * ratio for ratio in row[f"over {PLAIN}"])
+    half = 1.57 * (high - low) / min(row["rounds"], plain["rounds"]) ** 0.5
+    return f"{median - 100 * (row['provider'] != BY_ITSELF):+.2f} ± {half:.2f}"
 
 
 def _grouped(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
@@ -139,7 +176,8 @@ def write(results: Path) -> None:
     rows = json.loads(results.read_text())["rows"]
     text = table(rows)
     results.with_suffix(".md").write_text(text + "\n")
-    plot(rows, results.with_suffix(".png"))
+    if shapes := [row for row in rows if row["mode"] != "training"]:
+        plot(shapes, results.with_suffix(".png"))
     print(text)
 
 
