@@ -7,13 +7,19 @@ BIN := $(VENV)/bin
 # What the extension and the environment are made from: a change to any of it installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo mnist test bench lint clean
+.PHONY: demo mnist lab test bench lint clean
 
 demo: $(VENV)/demo.stamp  ## train on handwritten digits with and without the entropy penalty
 	$(BIN)/python examples/digits.py
 
 mnist: $(VENV)/demo.stamp  ## the penalty on MNIST, three seeds; goes on where it was killed
 	$(BIN)/python examples/mnist.py --output mnist
+
+# Two at a time, one thread each. A dumb terminal: two progress bars would overwrite each other.
+lab: $(VENV)/lab.stamp  ## three small studies and experiments/report/report.md
+	printf '%s\n' weight_spectra distillation dynamics | \
+		OMP_NUM_THREADS=1 TERM=dumb xargs -P 2 -n 1 $(BIN)/ses-lab run
+	$(BIN)/ses-lab report
 
 # One BLAS thread in each of two workers: small matrices gain nothing from more.
 test: $(VENV)/test.stamp  ## the whole suite
@@ -34,6 +40,6 @@ $(VENV)/%.stamp: $(INPUTS)
 	touch $@
 
 clean:  ## all that the targets above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist experiments
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find ses_kernels -name '*.so' -delete

@@ -74,7 +74,7 @@ class SESRegularizer:
     the pooled features (B x d_l). No synchronisation with the host on CUDA, apart from the first
     step, which copies the targets there, and from ``process_group``, which reads shard sizes.
 
-    Source: Spectral Entropy Shaping. Entropy of the covariance: Roy & Vetterli, EUSIPCO 2007.
+    Source: D. Le Bone, Spectral Entropy Shaping (2026). Entropy: Roy & Vetterli, EUSIPCO 2007.
     """
 
     def __init__(

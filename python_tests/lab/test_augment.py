@@ -1,0 +1,119 @@
+"""Augmentations: what each may do to a pixel, from which distribution, and that seeds repeat."""
+
+from __future__ import annotations
+
+import pytest
+import scipy.stats
+import torch
+
+from ses_lab.augment import AUGMENTATIONS
+
+N, C, H, W, K = 12, 3, 8, 6, 5
+
+
+def batch(n=N):
+    images = 1 + torch.rand(n, C, H, W)  # no pixel is 0, as the padding is
+    return images, torch.nn.functional.one_hot(torch.arange(n) % K, K).float()
+
+
+def apply(name, images, targets, seed=0, **params):
+    return AUGMENTATIONS[name](images, targets, torch.Generator().manual_seed(seed), **params)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_seed_repeats_and_inputs_stay(name):
+    images, targets = batch()
+    before = images.clone(), targets.clone()
+    first, again = apply(name, images, targets), apply(name, images, targets)
+    other = apply(name, images, targets, seed=1)
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert not torch.equal(first[0], other[0])
+    torch.testing.assert_close((images, targets), before, rtol=0, atol=0)
+    assert first[0].shape == images.shape
+    torch.testing.assert_close(first[1].sum(1), torch.ones(N))
+
+
+def test_crop_flip_gives_every_crop_alike_and_nothing_else():
+    n, padding = 4000, 2
+    image, target = (x[:1] for x in batch(1))
+    images, _ = apply("crop_flip", image.expand(n, -1, -1, -1), target.expand(n, -1),
+                      padding=padding)  # fmt: skip
+    padded = torch.nn.functional.pad(image, [padding] * 4)[0]
+    crops = [
+        crop if flip else crop.flip(2)
+        for top in range(2 * padding + 1)
+        for left in range(2 * padding + 1)
+        for flip in (True, False)
+        for crop in [padded[:, top : top + H, left : left + W]]
+    ]
+    same = torch.stack([(images == crop).flatten(1).all(1) for crop in crops])  # (crops, n)
+    assert (same.sum(0) == 1).all()
+    assert scipy.stats.chisquare(same.sum(1).numpy()).pvalue > 1e-3
+
+
+def test_crop_flip_keeps_each_image_and_target_in_its_place():
+    images, targets = batch()
+    same, kept = apply("crop_flip", images, targets, padding=0, flip=0.0)
+    mirrored, _ = apply("crop_flip", images, targets, padding=0, flip=1.0)
+    assert torch.equal(same, images)
+    assert torch.equal(mirrored, images.flip(3))
+    assert torch.equal(kept, targets)
+
+
+def shares(seeds, name, alpha):
+    """The share of the first image, read off the targets of two images of different classes."""
+    images, targets = batch(2)
+    for seed in range(seeds):
+        mixed, soft = apply(name, images, targets, seed, alpha=alpha)
+        if soft[0, 1] > 0 or soft[0, 0] < 1:  # otherwise each was mixed with itself
+            yield images, mixed, soft[0, 0].item()
+
+
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+def test_mixup(alpha):
+    found = []
+    for images, mixed, share in shares(600, "mixup", alpha):
+        torch.testing.assert_close(mixed[0], share * images[0] + (1 - share) * images[1])
+        torch.testing.assert_close(mixed[1], share * images[1] + (1 - share) * images[0])
+        found.append(share)
+    assert len(found) > 200
+    assert scipy.stats.kstest(found, scipy.stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+def test_cutmix_pastes_a_box_whose_area_is_in_the_targets():
+    areas = []
+    for images, mixed, share in shares(300, "cutmix", 1.0):
+        pasted = (mixed[0] == images[1]).all(0)  # (H, W)
+        assert torch.equal(mixed[0], torch.where(pasted, images[1], images[0]))
+        rows, columns = pasted.any(1), pasted.any(0)
+        assert torch.equal(pasted, rows[:, None] & columns)
+        for line in (rows, columns):  # without a gap
+            assert (line.int().diff() != 0).sum() <= 2
+        assert share == pytest.approx(1 - pasted.float().mean().item(), abs=1e-6)
+        areas.append(1 - share)
+    assert max(areas) > 0.6
+    assert min(areas) < 0.1
+
+
+def test_the_box_of_cutmix_has_the_area_of_the_paper():
+    """Beta(alpha, alpha) is 1/2 for huge alpha: sides of H / sqrt 2, where the border cuts none."""
+    images = torch.zeros(2, 1, 40, 40)
+    images[1] = 1
+    sides, total = set(), torch.zeros(40, 40)
+    for seed in range(400):
+        mixed, _ = apply("cutmix", images, torch.eye(2), seed, alpha=1e9)
+        sides |= {int(mixed[0, 0].sum(axis).max()) for axis in (0, 1)}
+        total += mixed[0, 0]
+    assert max(sides) == round(40 * 0.5**0.5)
+    place = torch.arange(40.0) - 19.5
+    for axis in (0, 1):  # its centre is anywhere, and in the mean that of the image
+        assert abs((total.sum(axis) @ place / total.sum()).item()) < 2
+
+
+def test_points():
+    points, targets = torch.rand(N, 2), batch()[1]
+    mixed, _ = apply("mixup", points, targets)
+    assert mixed.shape == points.shape
+    for name in ("crop_flip", "cutmix"):
+        with pytest.raises(ValueError, match=rf"{name} takes images.* got shape \(12, 2\)"):
+            apply(name, points, targets)

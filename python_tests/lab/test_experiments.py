@@ -1,0 +1,294 @@
+"""The experiments: every file is valid at every scale and runs; running again goes on."""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from ses_lab import build, experiments, measure, spectra, training
+from ses_lab.config import Choice, ConfigError, merge
+from ses_lab.data.bundled import BUNDLED
+from ses_lab.experiments import load, run
+from ses_lab.folder import OtherRunError, RunFolder
+from ses_lab.results import collect, table
+
+PAPER = {
+    "dynamics", "beta", "corruption", "toy_jacobian", "cifar10_seeds", "cifar100_seeds", "lambda",
+    "spectral_norm", "layers", "periodic", "tiny_imagenet", "mixup_cutmix", "wide_resnet",
+}  # fmt: skip
+TOY = {
+    "title": "Toy",
+    "question": "Does it run?",
+    "base": {"dataset": {"name": "moons", "samples": 64}, "model": {"name": "mlp", "width": 8},
+             "epochs": 2, "batch_size": 32},
+    "variants": {"baseline": None, "ses": {"regularizer.ses": {"beta": 0.5}}},
+    "seeds": [0],
+    "measures": ["accuracy"],
+    "reference": [],
+    "scales": {"full": {}, "smoke": {"base.epochs": 1}},
+}  # fmt: skip
+
+
+def toy(path: Path, **changes) -> str:
+    file = path / "toy.yaml"
+    file.write_text(yaml.safe_dump(merge(TOY, changes), sort_keys=False))
+    return str(file)
+
+
+# ---- the files that come with the package ----
+
+
+def test_the_studies_are_there():
+    assert {*experiments.names()} == {*PAPER, "weight_spectra", "distillation"}
+
+
+@pytest.mark.parametrize("name", experiments.names())
+@pytest.mark.parametrize("scale", ["full", "smoke"])
+def test_every_file_is_valid(name, scale):
+    experiment = load(name, scale)
+    runs = experiment.runs(Path("experiments"))
+    assert len(runs) == len(experiment.variants) * len(experiment.seeds)
+    assert experiment.question.endswith("?")
+    assert all(r.source and r.setting for r in experiment.reference)
+    if scale == "smoke":
+        assert {config.dataset.name for config in runs.values()} <= BUNDLED.keys()
+        assert len(experiment.seeds) >= 3  # or the paired test says nothing
+
+
+def tiny(name: str) -> dict:
+    """Changes with which an experiment takes a second or two: one seed and epoch, 64 images."""
+    experiment = load(name, "smoke")
+    points = experiment.base["dataset"] if name == "toy_jacobian" else {}
+    # patches of a ViT tile 28 pixels as they do at scale smoke
+    size = 28 if name == "weight_spectra" else 8
+    images = {"name": "shapes", "preset": "trivial", "samples": 64, "size": size}
+    dataset = {**points, "samples": 64} if points else images
+    changes = {"base.dataset": dataset, "base.epochs": 1, "base.batch_size": 32, "seeds": [0]}
+    for variant, own in experiment.variants.items():
+        if "dataset" in own:
+            changes |= {f"variants.{variant}.{k}": changes[f"base.{k}"]
+                        for k in ("dataset", "epochs", "batch_size")}  # fmt: skip
+    if "corruption" in experiment.probes:
+        changes["probes.corruption"] = {"severities": [3], "samples": 16}
+    return changes
+
+
+def assert_complete(root: Path):
+    """Every run is finished, and every measure of the report has its number."""
+    results = collect(root)
+    for cell in table(results):
+        expected = len(results.experiment.seeds)
+        if cell["measure"] == "overhead" and cell["variant"] == results.experiment.control:
+            expected = 0
+        assert cell["seeds"] == expected, cell
+
+
+# A ResNet's warning that 32 images cannot have the rank of 64 channels is right.
+@pytest.mark.filterwarnings("ignore:SESRegularizer")
+@pytest.mark.parametrize("name", experiments.names())
+def test_every_experiment_runs_on_a_few_images(name, tmp_path):
+    assert_complete(run(name, "smoke", tmp_path, tiny(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:SESRegularizer")
+@pytest.mark.parametrize("name", experiments.names())
+def test_every_experiment_runs_at_scale_smoke(name, tmp_path):
+    assert_complete(run(name, "smoke", tmp_path))
+
+
+# ---- reading ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"measures": ["acuracy"]}, "did you mean 'accuracy'"),
+        ({"pareto": "corruption.mean"}, "unknown measure 'corruption.mean'"),
+        ({"probes": {"corupt": {}}}, "did you mean 'corruption'"),
+        ({"probes": {"pgd": {"step": 3}}}, "did you mean 'steps'"),
+        ({"base.epoch": 3}, "variants.baseline: unknown key 'epoch'; did you mean 'epochs'"),
+        ({"variants.ses": {"regularizer.ses": {"betta": 1}}}, "variants.ses: .*'beta'"),
+        ({"seed": [1]}, "did you mean 'seeds'"),
+        ({"seeds": []}, "seeds: "),
+        (
+            {"variants.baseline": {"regime": "distill", "teacher": {"run": "ses"}}},
+            r"variants.baseline.teacher.run: expected a variant before it, \[\], got 'ses'",
+        ),
+        (
+            {"reference": [{"source": "s", "setting": "t", "rows": {"sess": {"accuracy": 1}}}]},
+            "unknown variant of reference 'sess'; did you mean 'ses'",
+        ),
+        ({"reference": [{"source": "s", "rows": {}}]}, "reference.0.setting: Field required"),
+    ],
+)
+def test_faults_are_named(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load(toy(tmp_path, **changes), "full")
+
+
+def test_unknown_names():
+    with pytest.raises(ConfigError, match=r"unknown experiment 'distilation'; did you mean 'disti"):
+        load("distilation")
+    with pytest.raises(ConfigError, match=r"unknown scale 'smok'; did you mean 'smoke'"):
+        load("beta", "smok")
+
+
+def test_scale_then_environment_then_changes(tmp_path, monkeypatch):
+    file = toy(tmp_path)
+    assert load(file, "full").base["epochs"] == 2
+    assert load(file, "smoke").base["epochs"] == 1
+    monkeypatch.setenv("SES_LAB__EPOCHS", "5")
+    monkeypatch.setenv("SES_LAB__DATASET__ROOT", "/archives")
+    assert load(file, "smoke").base["epochs"] == 5
+    experiment = load(file, "smoke", {"base.epochs": 7, "variants.ses.epochs": 9})
+    epochs = {c.method: c.epochs for c in experiment.runs(tmp_path).values()}
+    assert epochs == {"baseline": 7, "ses": 9}
+    assert experiment.variants["ses"]["regularizer"] == {"ses": {"beta": 0.5}}
+    assert {c.dataset.root for c in experiment.runs(tmp_path).values()} == {"/archives"}
+
+
+def test_students_learn_from_the_teacher_of_their_seed():
+    runs = load("distillation", "full").runs(Path("out"))
+    teachers = {c.seed: path for path, c in runs.items() if c.method == "teacher"}
+    order = list(runs)
+    for path, config in runs.items():
+        if config.method not in ("student", "teacher"):
+            assert config.teacher.run == str(teachers[config.seed])
+            assert order.index(teachers[config.seed]) < order.index(path)
+
+
+# ---- running ----
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Folders in which a run was really trained."""
+    found = []
+    real = training._train
+
+    def counted(config, folder, *rest):
+        found.append(folder.path)
+        return real(config, folder, *rest)
+
+    monkeypatch.setattr(training, "_train", counted)
+    return found
+
+
+def test_running_again_does_what_is_missing(tmp_path, trained):
+    file = toy(tmp_path, probes={"fgsm": {"samples": 16}}, measures=["accuracy", "fgsm.robust"])
+    root = run(file, "smoke", tmp_path / "out")
+    assert len(trained) == 2
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    run(file, "smoke", tmp_path / "out", {"seeds": [0, 1]})
+    assert len(trained) == 4
+    changed = {path for path, t in before.items() if path.stat().st_mtime_ns != t}
+    assert changed <= {root / "experiment.yaml"} | {*root.rglob("lock")}
+    folder = RunFolder(trained[1])
+    (folder / "probes.json").unlink()
+    run(file, "smoke", tmp_path / "out", {"probes.collapse": {}, "seeds": [0, 1]})
+    assert len(trained) == 4
+    assert folder.read_json("probes.json").keys() == {"fgsm-samples=16", "collapse"}
+
+
+def test_a_changed_experiment_is_refused(tmp_path):
+    file = toy(tmp_path)
+    root = run(file, "smoke", tmp_path / "out")
+    before = (root / "experiment.yaml").read_text()
+    with pytest.raises(OtherRunError, match="epochs is 1 there and 3 here"):
+        run(file, "smoke", tmp_path / "out", {"base.epochs": 3})
+    assert (root / "experiment.yaml").read_text() == before
+
+
+def test_one_run_that_diverges_does_not_stop_the_others(tmp_path):
+    diverging = {"optimizer": {"name": "sgd", "lr": 1e38}}
+    file = toy(tmp_path, variants={"baseline": diverging})
+    with pytest.warns(UserWarning, match=r"baseline.*is nan|baseline.*is inf"):
+        root = run(file, "full", tmp_path / "out")
+    runs = collect(root).runs
+    assert not runs["baseline"]
+    assert runs["ses"].keys() == {0}
+
+
+def test_pretraining_then_finetuning(tmp_path):
+    base = {
+        "dataset": {"name": "shapes", "preset": "trivial", "samples": 64, "size": 8},
+        "model": {"name": "vit_tiny", "embed_dim": 16, "depth": 1, "patch": 4},
+        "epochs": 1,
+    }
+    variants = {"scratch": {}, "pretrain": {"regime": "mim"},
+                "finetune": {"regime": "finetune", "init_from": {"run": "pretrain"}}}  # fmt: skip
+    file = tmp_path / "stages.yaml"
+    document = {**TOY, "base": base, "variants": variants}
+    file.write_text(yaml.safe_dump({**document, "scales": {"full": {}}}, sort_keys=False))
+    runs = collect(run(str(file), "full", tmp_path)).runs
+    assert "accuracy" in runs["finetune"][0]
+    assert "accuracy" not in runs["pretrain"][0]  # has no labels
+
+
+# ---- probes of runs ----
+
+
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shaped")
+    base = {"dataset": {"name": "shapes", "preset": "trivial", "samples": 64, "size": 8},
+            "model": {"name": "resnet18", "width": 8}, "epochs": 1, "batch_size": 64}  # fmt: skip
+    variants = {"ses": {"regularizer.ses": {"beta": 0.6}}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        root = run(toy(path, base=base, variants=variants), "full", path)
+    (folder,) = [f for f, c in experiments.saved(root / "experiment.yaml").runs(root).items()
+                 if c.method == "ses"]  # fmt: skip
+    return folder
+
+
+def test_entropy_targets_are_beta_log_d(shaped):
+    found = experiments.entropy_targets(shaped)
+    entropies = RunFolder(shaped).rows()[-1]["entropy"]
+    widths = {f"layer{i + 1}.{j}": 8 << i for i in range(4) for j in (0, 1)} | {"avgpool": 64}
+    targets = {layer: 0.6 * math.log(d) for layer, d in widths.items()}
+    assert {k: found[f"target.{k}"] for k in targets} == pytest.approx(targets)
+    distance = np.mean([abs(entropies[k] - targets[k]) for k in targets])
+    assert found["distance"] == pytest.approx(distance)
+
+
+def test_entropy_targets_need_ses(tmp_path):
+    file = toy(tmp_path, probes={"entropy": {}})
+    with pytest.raises(ConfigError, match=r"probes.entropy: .*baseline.* has no regularizer.ses"):
+        run(file, "smoke", tmp_path)
+
+
+def test_weight_spectra_are_means_and_changes(shaped):
+    found = experiments.weight_spectra(shaped, layers="layer4.*")
+    config = RunFolder(shaped).config()
+    fresh = build.model(config, build.dataset(config)[0])
+    for key in ("stable_rank", "entropy"):
+        last, first = (
+            np.mean([r[key] for r in spectra.table(m) if r["layer"].startswith("layer4.")])
+            for m in (build.trained(shaped, "last"), fresh)
+        )
+        assert found[key] == pytest.approx(last)
+        assert found[f"{key}_change"] == pytest.approx(last - first, abs=1e-6)
+        assert last != first
+    assert 0 < found["stable_rank_share"] <= 1
+    with pytest.raises(ConfigError, match=r"probes.spectra.layers: 'blocks\.\*' matches no weight"):
+        experiments.weight_spectra(shaped, layers="blocks.*")
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 2.0])
+def test_decay_of_an_exact_power_law(exponent):
+    sigma = np.arange(1, 101.0) ** -exponent
+    assert experiments._decay(sigma) == pytest.approx(exponent, abs=1e-9)
+    sigma[:10], sigma[60:] = 1e3, 1e-9  # what lies outside of 10 to 60 % of the ranks is left out
+    assert experiments._decay(sigma) == pytest.approx(exponent, abs=1e-9)
+    assert math.isnan(experiments._decay(sigma[:2]))
+
+
+def test_probes_leave_those_before_them(shaped):
+    before = RunFolder(shaped).read_json("probes.json")
+    found = measure.probe(shaped, [Choice(name="collapse")])
+    assert RunFolder(shaped).read_json("probes.json") == {**before, **found}

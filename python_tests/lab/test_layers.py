@@ -1,0 +1,54 @@
+"""Each file of ses_lab imports only those above it in this list, and ses_kernels none of them."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAYERS = ["names", "options", "networks", "models", "data.dataset", "data.download", "data.bundled",
+          "data.archives", "data", "data.__main__", "losses", "augment", "optim", "distill",
+          "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
+          "probes.representation", "probes", "spectra", "sinks", "config", "folder", "regimes",
+          "build", "engine", "training", "measure", "experiments", "results", "figures", "report",
+          "launch", "cli", "__main__"]  # fmt: skip
+
+
+def imports_of(path):
+    tree = ast.parse(path.read_text())
+    typing = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and getattr(test.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        module = getattr(node, "module", None) or ""
+        if (
+            isinstance(node, ast.ImportFrom)
+            and module.startswith("ses_lab")
+            and id(node) not in typing
+        ):
+            module = module.removeprefix("ses_lab").lstrip(".")
+            for alias in node.names:
+                name = f"{module}.{alias.name}".lstrip(".")
+                found.add(name if name in LAYERS else module)
+    return found
+
+
+def test_imports_go_up_the_list():
+    package = ROOT / "ses_lab"
+    files = {
+        ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+    }
+    del files["__init__"]
+    assert set(files) == set(LAYERS)
+    for name, path in files.items():
+        assert imports_of(path) <= set(LAYERS[: LAYERS.index(name)]), name
+
+
+def test_the_library_does_not_know_the_lab():
+    for folder in ("ses_kernels", "csrc"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".h", ".cpp", ".cu"):
+                assert "ses_lab" not in path.read_text(), path

@@ -1,0 +1,250 @@
+"""ses_lab.spectra against powerlaw, WeightWatcher, scipy and the definitions in numpy."""
+
+import io
+import pickle
+
+import numpy as np
+import powerlaw
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+
+from ses_lab import models, spectra
+
+
+def _values(kind: str) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if kind == "pareto":
+        return rng.pareto(1.5, 300) + 1
+    if kind == "steep":  # beyond the range to which powerlaw keeps by default
+        return rng.pareto(4.0, 300) + 1
+    draw = rng.standard_normal if kind == "gaussian" else lambda size: rng.standard_t(2, size)
+    return np.linalg.svd(draw((160, 80)), compute_uv=False) ** 2
+
+
+@pytest.mark.filterwarnings("ignore")  # powerlaw warns about the ends of its range
+@pytest.mark.parametrize("kind", ["pareto", "steep", "gaussian", "student"])
+def test_power_law_agrees_with_powerlaw(kind):
+    x = _values(kind)
+    fit = spectra.power_law(x)
+    other = powerlaw.Fit(x, parameter_ranges={"alpha": [1.001, 1000]}, verbose=0)
+    assert fit.alpha == pytest.approx(other.power_law.alpha, rel=1e-9)
+    assert fit.xmin == pytest.approx(other.xmin, rel=1e-12)
+    assert fit.ks == pytest.approx(other.power_law.D, rel=1e-9)
+    assert fit.tail == other.n_tail
+    if kind == "steep":
+        assert powerlaw.Fit(x, verbose=0).power_law.alpha <= 3 < fit.alpha
+
+
+def test_power_law_finds_the_tail_above_another_body():
+    rng = np.random.default_rng(1)
+    x = np.concatenate([rng.uniform(0.1, 1, 2000), rng.pareto(1.2, 2000) + 1])
+    fit = spectra.power_law(x)
+    assert 0.9 < fit.xmin < 1.3
+    assert fit.alpha == pytest.approx(
+        2.2, abs=4 * 1.2 / fit.tail**0.5
+    )  # sigma = (alpha - 1) / sqrt n
+
+
+def test_power_law_and_hill_of_too_few_values_are_nan():
+    for x in ([], [1.0], [1.0, 2.0], [3.0, 3.0, 3.0], [1.0, np.nan, 2.0, 3.0]):
+        fit = spectra.power_law(np.array(x))
+        assert np.isnan(fit.alpha)
+        assert fit.tail == 0
+    assert np.isnan(spectra.hill(np.ones(8)))
+    assert np.isnan(spectra.hill(np.array([1.0])))
+
+
+@pytest.mark.parametrize("k", [None, 20])
+def test_hill_is_the_fit_of_a_pareto_distribution_above_the_next_value(k):
+    x = np.sort(_values("student"))[::-1]
+    kept = k or len(x) // 2
+    shape, _, _ = scipy.stats.pareto.fit(x[:kept], floc=0, fscale=x[kept])
+    assert spectra.hill(x, k) == pytest.approx(1 + shape, rel=1e-9)
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(5, 12, 3), nn.BatchNorm2d(12), nn.Flatten(), nn.Linear(48, 30))
+
+
+def test_table_follows_the_definitions():
+    net = _net()
+    conv, linear = spectra.table(net)
+    for row, module in ((conv, net[0]), (linear, net[3])):
+        w = module.weight.detach().double().flatten(1).numpy()
+        s = np.linalg.svd(w, compute_uv=False)
+        p = s / s.sum()
+        assert (row["rows"], row["columns"]) == w.shape
+        assert row["entropy"] == pytest.approx(-(p * np.log(p)).sum(), abs=1e-5)
+        assert row["frobenius"] == pytest.approx(np.linalg.norm(w), rel=1e-9)
+        assert row["spectral"] == pytest.approx(np.linalg.norm(w, 2), rel=1e-9)
+        assert row["stable_rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-9)
+        assert row["alpha"] == pytest.approx(spectra.power_law(s**2).alpha, rel=1e-9)
+        assert row["hill"] == pytest.approx(spectra.hill(s**2), rel=1e-9)
+    assert (conv["layer"], linear["layer"]) == ("0", "3")
+    assert conv["columns"] == 45
+
+
+@pytest.mark.filterwarnings("ignore")  # of pandas, for what WeightWatcher calls
+def test_table_agrees_with_weightwatcher_on_linear_layers():
+    weightwatcher = pytest.importorskip("weightwatcher")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 60))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.distributions.StudentT(2.0).sample((100, 200)))
+    theirs = weightwatcher.WeightWatcher(model=net).analyze()
+    for row, (_, other) in zip(spectra.table(net), theirs.iterrows(), strict=True):
+        assert row["alpha"] == pytest.approx(other["alpha"], rel=1e-5)
+        assert row["ks"] == pytest.approx(other["D"], rel=1e-4)
+        assert row["stable_rank"] == pytest.approx(other["stable_rank"], rel=1e-5)
+        assert row["frobenius"] ** 2 == pytest.approx(other["norm"], rel=1e-5)
+        assert row["spectral"] ** 2 == pytest.approx(other["spectral_norm"], rel=1e-5)
+
+
+def test_round_off_eigenvalues_are_left_out():
+    torch.manual_seed(0)
+    full = torch.randn(60, 30)
+    low = torch.cat([full, full], 1)  # rank 30 of 60, singular values times sqrt 2
+    one, two = spectra.table({"a.weight": full, "b.weight": low})
+    assert two["alpha"] == pytest.approx(one["alpha"], rel=1e-5)
+    assert two["xmin"] == pytest.approx(2 * one["xmin"], rel=1e-5)
+    assert two["hill"] == pytest.approx(one["hill"], rel=1e-5)
+
+
+def test_zero_and_broken_layers_do_not_stop_the_others():
+    bad = torch.full((8, 9), torch.nan)
+    rows = spectra.table(
+        {"zero.weight": torch.zeros(8, 9), "bad.weight": bad, "good.weight": torch.eye(8, 9)}
+    )
+    zero, broken, good = rows
+    assert zero["frobenius"] == 0
+    assert np.isnan(zero["stable_rank"])
+    assert all(np.isnan(broken[key]) for key in ("entropy", "alpha", "hill", "spectral"))
+    assert good["stable_rank"] == pytest.approx(8)
+    assert good["entropy"] == pytest.approx(np.log(8), rel=1e-5)
+
+
+def test_the_fused_projection_of_gpt2_is_split_by_columns():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_embd=24, n_head=2, vocab_size=40, n_positions=8)
+    model, x = transformers.GPT2Model(config), torch.randn(4, 24)
+    found = spectra.matrices(model)
+    q, k, v = model.h[0].attn.c_attn(x).split(24, dim=-1)  # kept as (in, out)
+    for part, expected in zip("qkv", (q, k, v), strict=True):
+        torch.testing.assert_close(x @ found[f"h.0.attn.c_attn.{part}"], expected)
+    assert found["h.0.attn.c_proj"].shape == (24, 24)
+
+
+def test_fused_projections_are_split():
+    attention = nn.MultiheadAttention(24, 2)
+    vit = models.build("vit_tiny", channels=1, size=8, classes=3, embed_dim=24, depth=1, heads=2)
+    for module, layer, fused in (
+        (attention, "in_proj", attention.in_proj_weight),
+        (vit, "blocks.0.attn.qkv", vit.get_parameter("blocks.0.attn.qkv.weight")),
+    ):
+        found = spectra.matrices(module)
+        parts = [found[f"{layer}.{part}"] for part in "qkv"]
+        assert torch.equal(torch.cat(parts), fused)
+        assert {part.shape for part in parts} == {(24, 24)}
+
+
+def test_parametrized_weights_have_the_name_of_the_layer():
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(9, 7)))
+    assert list(spectra.matrices(net)) == ["0"]
+
+
+def test_a_checkpoint_gives_the_table_of_its_model(tmp_path):
+    net = _net()
+    expected = spectra.table(net)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.rand(4, 5, 4, 4)).sum().backward()
+    optimizer.step()
+    after = spectra.table(net)
+    assert after != expected
+    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert spectra.table(spectra.load(tmp_path / "checkpoint.pt")) == after
+
+    from safetensors.torch import save_file
+
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    assert spectra.table(spectra.load(tmp_path / "model.safetensors")) == after
+
+
+class _Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_loading_runs_no_code(tmp_path, capsys):
+    torch.save({"model": _Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        spectra.load(tmp_path / "evil.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_nothing_to_measure_is_an_error():
+    with pytest.raises(ValueError, match=r"no weight matrix among \['bias'"):
+        spectra.table({"bias": torch.zeros(3), "norm.weight": torch.zeros(3)})
+
+
+def test_gradient_alignment():
+    torch.manual_seed(0)
+    net = nn.Linear(40, 30, bias=False)
+    with pytest.raises(ValueError, match="no weight"):
+        spectra.gradient_alignment(net)
+    u, _, vh = torch.linalg.svd(net.weight.detach())
+
+    def share(gradient, k=3):
+        net.weight.grad = gradient
+        return spectra.gradient_alignment(net, k)["weight"]
+
+    assert share(torch.outer(u[:, 0], vh[2])) == pytest.approx(1, abs=1e-5)
+    assert share(torch.outer(u[:, 0], vh[3])) == pytest.approx(0, abs=1e-5)
+    assert share(net.weight.detach(), k=30) == pytest.approx(1, abs=1e-5)
+    s = torch.linalg.svdvals(net.weight.detach()) ** 2
+    assert share(net.weight.detach()) == pytest.approx((s[:3].sum() / s.sum()).item(), rel=1e-4)
+    random = np.mean([share(torch.randn(30, 40), k=10) for _ in range(30)])
+    assert random == pytest.approx(100 / 1200, rel=0.1)
+
+
+def test_gradient_alignment_splits_fused_projections():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(16, 2)
+    x = torch.randn(5, 3, 16)
+    attention(x, x, x)[0].square().sum().backward()
+    shares = spectra.gradient_alignment(attention, k=16)
+    assert set(shares) == {"in_proj.q", "in_proj.k", "in_proj.v", "out_proj"}
+    assert shares["in_proj.v"] == pytest.approx(1, abs=1e-5)  # k = 16: all of it
+
+
+def test_singular_values_are_saved_as_an_npz(tmp_path):
+    net = _net()
+    spectra.save(tmp_path / "epoch-0001.npz", net)
+    with np.load(tmp_path / "epoch-0001.npz") as saved:
+        assert set(saved) == {"0", "3"}
+        w = net[3].weight.detach().double().numpy()
+        np.testing.assert_allclose(saved["3"], np.linalg.svd(w, compute_uv=False), rtol=1e-10)
+
+
+def test_plots_show_all_eigenvalues_and_the_fit():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(60, 50), nn.Linear(2, 2))  # the second has no fit
+    figure = spectra.plot(net)
+    histogram, ccdf, _, empty = figure.axes
+    assert histogram.patches[0].get_data().values.sum() == 50
+    points, line = ccdf.lines
+    x, y = points.get_data()
+    fit = spectra.power_law(10**x)
+    np.testing.assert_allclose(10**y, np.arange(50, 0, -1) / 50)
+    start, end = np.column_stack(line.get_data())
+    assert start == pytest.approx([x[-fit.tail], y[-fit.tail]])
+    assert end[0] == x[-1]
+    assert (end[1] - start[1]) / (end[0] - start[0]) == pytest.approx(1 - fit.alpha)
+    assert not empty.lines
+    file = io.BytesIO()
+    figure.savefig(file)
+    assert file.getvalue().startswith(b"\x89PNG")

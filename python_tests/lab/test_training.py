@@ -1,0 +1,397 @@
+"""The training loop: resumed bit for bit, killed at any moment, over ranks, deterministic."""
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from ses_lab import build, measure, training
+from ses_lab.config import ConfigError, RunConfig, merge
+from ses_lab.engine import Training
+from ses_lab.folder import FolderInUseError, RunFolder
+
+TINY = {"dataset": {"name": "moons", "samples": 96},
+        "model": {"name": "mlp", "width": 8, "depth": 2},
+        "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}, "epochs": 4, "batch_size": 32,
+        "regularizer": {"ses": {"beta": 0.5, "every_k": 2}}, "spectra_every": 2}  # fmt: skip
+IMAGES = {"dataset": {"name": "shapes", "preset": "trivial", "samples": 64, "size": 8},
+          "model": {"name": "vit_tiny", "embed_dim": 12, "depth": 2, "heads": 2, "patch": 2},
+          "epochs": 3, "batch_size": 32}  # fmt: skip
+
+
+def numbers(folder):
+    """All that a run leaves that must not depend on when it was killed."""
+    folder = RunFolder(folder)
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in folder.rows()]
+    spectra = {
+        path.name: json.loads(path.read_text()) for path in folder.path.glob("spectra/*.json")
+    }
+    return rows, folder.load("best.pt"), folder.load("checkpoint.pt"), spectra
+
+
+def assert_same(got, expected):
+    """Equal to the last bit."""
+    assert type(got) is type(expected)
+    if isinstance(got, dict):
+        assert got.keys() == expected.keys()
+        for key in got:
+            assert_same(got[key], expected[key])
+    elif isinstance(got, (list, tuple)):
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected, strict=True):
+            assert_same(a, b)
+    elif isinstance(got, torch.Tensor):
+        assert torch.equal(got, expected)
+    else:
+        assert got == expected
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+class Sink:
+    """Stops a run in the middle of its n-th step."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def start(self, config, folder, rows, samples):
+        pass
+
+    def advance(self, samples):
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+
+    def log(self, row):
+        pass
+
+    def close(self, finished):
+        pass
+
+
+def dropping(num_classes):
+    """A model whose forward pass draws from torch's global generator."""
+    layers = nn.Flatten(), nn.Linear(3 * 64, 16), nn.Dropout(0.5), nn.Linear(16, num_classes)
+    return nn.Sequential(*layers)
+
+
+@functools.cache
+def teacher(root):
+    training.run(RunConfig.parse(merge(IMAGES, {"epochs": 1})), root / "teacher")
+    return str(root / "teacher")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augmentation": ["crop_flip", "cutmix"], "optimizer": {"name": "adamw", "lr": 0.01},
+         "regularizer.ses": {"every_k": 4}, "clip": 0.5, "validation": 0.25, "batch_size": 16},
+        {"regularizer": {"sam": {}, "ses": {"every_k": 2}, "spectral_norm": {}},
+         "schedule": {"name": "onecycle", "warmup": 0.1},
+         "model": {"name": "resnet20", "width": 4}},
+        {"regime": {"name": "adversarial", "attack": "free", "steps": 2},
+         "augmentation": ["mixup"]},
+        {"regime": {"name": "multitask", "patch": 2}},
+        {"model": {"name": f"{__name__}:dropping", "stages": ["1"]}},
+        {"regime": {"name": "distill", "distiller": "factor"}},
+    ],
+    ids=["augmented", "sam", "free", "multitask", "dropout", "factor"],
+)  # fmt: skip
+def test_resumed_bit_for_bit(changes, tmp_path, tmp_path_factory):
+    if "distill" in str(changes):
+        changes = {**changes, "teacher.run": teacher(tmp_path_factory.getbasetemp())}
+    config = RunConfig.parse(merge(IMAGES, changes))
+    training.run(config, tmp_path / "straight")
+    torch.manual_seed(99)  # the caller's generator is not ours
+    with pytest.raises(Stop):
+        training.run(config, tmp_path / "broken", [Sink(5)])
+    status = RunFolder(tmp_path / "broken").status()
+    assert (status["state"], status["epoch"] >= 1) == ("failed", True)
+    assert "raise Stop" in status["error"]
+    torch.manual_seed(7)
+    random_before = torch.get_rng_state()
+    training.run(config, tmp_path / "broken")
+    assert torch.equal(torch.get_rng_state(), random_before)
+    assert_same(numbers(tmp_path / "broken"), numbers(tmp_path / "straight"))
+    status = RunFolder(tmp_path / "broken").status()
+    assert (status["state"], status["error"], status["epoch"]) == ("finished", None, 3)
+
+
+# ---- kill -9 ----
+
+# The last two are imported by the first step and by the curves.
+_PRELOAD = ["ses_lab.training", "torch._dynamo", "matplotlib.backends.backend_agg"]
+
+
+def _run(folder, die_at=None):
+    """In a process of its own. die_at: by its own hand, at the so-manieth write to the disk."""
+    torch.set_num_threads(1)
+    if die_at is not None:
+        written, fsync = [0], os.fsync
+
+        def fatal(descriptor):
+            fsync(descriptor)
+            written[0] += 1
+            if written[0] == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = fatal
+    training.run(RunConfig.parse(TINY), folder)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forked from a process that has imported torch and started no thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+@pytest.fixture(scope="module")
+def reference(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    seconds = []
+    for name in "ab":  # the first waits for the imports of the server
+        began = time.perf_counter()
+        process = processes.Process(target=_run, args=(folder / name,))
+        process.start()
+        process.join()
+        seconds.append(time.perf_counter() - began)
+    return numbers(folder / "a"), seconds[1]
+
+
+def test_killed_at_random_moments(processes, reference, tmp_path):
+    expected, seconds = reference
+    rng, killed = random.Random(0), 0
+    for run in range(20):
+        folder = tmp_path / str(run)
+        process = processes.Process(target=_run, args=(folder,))
+        process.start()
+        process.join(rng.uniform(0, seconds))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        process = processes.Process(target=_run, args=(folder,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert_same(numbers(folder), expected)
+    assert killed >= 10
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_writes(processes, reference, tmp_path, seed):
+    """Between any two files: killed again and again, each time some writes further."""
+    rng, deaths = random.Random(seed), 0
+    for _ in range(40):
+        process = processes.Process(target=_run, args=(tmp_path, rng.randint(5, 20)))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        deaths += 1
+    assert deaths >= 2
+    assert_same(numbers(tmp_path), reference[0])
+
+
+# ---- one run, one folder ----
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    config = RunConfig.parse(TINY)
+    row = training.run(config, tmp_path)
+    before = {
+        p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in tmp_path.rglob("*") if p.is_file()
+    }
+    assert training.run(config, tmp_path, [Sink(1)]) == row
+    after = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in tmp_path.rglob("*") if p.is_file()}
+    assert before == after
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "status.json", "best.pt", "checkpoint.pt",
+                     "curves.png", "spectra", "lock"}  # fmt: skip
+    assert {p.name for p in tmp_path.glob("spectra/*")} == {
+        "0002.json", "0002.npz", "0004.json", "0004.npz"
+    }  # fmt: skip
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    config = RunConfig.parse(TINY)
+    folder = RunFolder(tmp_path)
+    with folder.claim(config), pytest.raises(FolderInUseError):
+        training.run(config, tmp_path)
+    assert folder.status() == {}
+
+
+def test_deterministic_by_seed(tmp_path):
+    found = []
+    for name, seed in ("a", 1), ("b", 1), ("c", 2):
+        training.run(RunConfig.parse(merge(TINY, {"seed": seed})), tmp_path / name)
+        found.append(numbers(tmp_path / name))
+    assert_same(found[0], found[1])
+    assert found[0][0] != found[2][0]
+
+
+def test_divergence_is_kept(tmp_path):
+    config = RunConfig.parse(merge(TINY, {"optimizer.lr": 1e30}))
+    with pytest.raises(training.DivergedError, match="lower the learning rate"):
+        training.run(config, tmp_path)
+    assert RunFolder(tmp_path).status()["state"] == "failed"
+
+
+def test_the_best_epoch_is_that_of_the_validation_set(tmp_path):
+    config = RunConfig.parse(merge(TINY, {"validation": 0.25, "epochs": 8, "optimizer.lr": 0.3}))
+    training.run(config, tmp_path)
+    rows = RunFolder(tmp_path).rows()
+    accuracies = [row["val_accuracy"] for row in rows]
+    best = max(range(8), key=lambda i: (accuracies[i], -i))
+    assert RunFolder(tmp_path).load("best.pt")["epoch"] == best + 1
+    assert len(set(accuracies)) > 1
+    for weights, row in ("best", rows[best]), ("last", rows[-1]):
+        again = measure.evaluate(tmp_path, weights)
+        assert again == {name: row[name] for name in again}
+        assert set(again) == {"test_loss", "test_accuracy", "val_loss", "val_accuracy"}
+
+
+def test_validation_takes_nothing_twice():
+    dataset, held_out = build.dataset(RunConfig.parse(merge(TINY, {"validation": 0.25})))
+    whole, _ = build.dataset(RunConfig.parse(TINY))
+    assert (len(dataset.train.labels), len(held_out.labels)) == (72, 24)
+    together = torch.cat([dataset.train.images, held_out.images])
+    assert torch.equal(together[together[:, 0].argsort()],
+                       whole.train.images[whole.train.images[:, 0].argsort()])  # fmt: skip
+
+
+def test_masked_runs_are_evaluated_by_their_own_loss(tmp_path):
+    training.run(RunConfig.parse(merge(IMAGES, {"regime": {"name": "mim", "patch": 2}})), tmp_path)
+    rows = RunFolder(tmp_path).rows()
+    assert measure.evaluate(tmp_path) == {"test_loss": rows[-1]["test_loss"]}
+    best = min(rows, key=lambda row: row["test_loss"])
+    assert measure.evaluate(tmp_path, "best") == {"test_loss": best["test_loss"]}
+
+
+def test_it_learns(tmp_path):
+    config = {"dataset": "digits", "model": {"name": "resnet20", "width": 8}, "epochs": 3,
+              "batch_size": 64, "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+              "loss": "class_balanced",
+              "regularizer.ses": {"beta": 0.6, "hook_last_n": 3}}  # fmt: skip
+    row = training.run(RunConfig.parse(merge({}, config)), tmp_path)
+    assert row["test_accuracy"] > 0.9
+    assert row["entropy"].keys() == {"layer3.1", "layer3.2", "avgpool"}
+
+
+def test_every_sample_once_an_epoch(processes):
+    from ses_lab.engine import Ranks
+
+    here = Training(RunConfig.parse(TINY), Ranks(0, 1, torch.device("cpu"), None))
+    orders = [here.order(epoch) for epoch in (1, 2)]
+    assert all(order.flatten().sort().values.tolist() == list(range(96)) for order in orders)
+    assert not torch.equal(*orders)
+    halves = [here.batch(orders[0][0])[0]]
+    for rank in range(2):
+        here.ranks = Ranks(rank, 2, torch.device("cpu"), None)
+        halves.append(here.batch(orders[0][0])[0])
+    assert torch.equal(torch.stack(halves[1:], 1).flatten(0, 1), halves[0])
+
+
+def test_sam_measures_both_passes_at_one_step():
+    """every_k counts steps, not passes: entropies of steps 1, 3, ... and none in between."""
+    from ses_lab.engine import Ranks
+
+    config = RunConfig.parse(merge(TINY, {"regularizer.sam": {}}))
+    here = Training(config, Ranks(0, 1, torch.device("cpu"), None))
+    here.regime.train()
+    penalties = [here.step(1, i, 0, rows)["penalty"].item() for i, rows in enumerate(here.order(1))]
+    assert [p > 0 for p in penalties] == [True, False, True]
+
+
+def test_clip(tmp_path):
+    from ses_lab.engine import Ranks
+
+    config = RunConfig.parse(merge(TINY, {"clip": 1e-3}))
+    here = Training(config, Ranks(0, 1, torch.device("cpu"), None))
+    here.regime.train()
+    here.step(1, 0, 0, here.order(1)[0])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in here.regime.parameters()])
+    torch.testing.assert_close(norm, torch.tensor(1e-3))
+
+
+# ---- ranks ----
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    """Layer norms, no augmentation: the joined batch is then the sum of what the ranks see."""
+    configs = [
+        merge(IMAGES, {"regularizer.ses": {"beta": 0.5, "lambda_ses": 1.0}}),
+        merge(IMAGES, {"regime": {"name": "mim", "patch": 2}, "epochs": 1}),
+    ]
+    arguments = []
+    for i, document in enumerate(configs):
+        (tmp_path / f"{i}.yaml").write_text(yaml.safe_dump(document))
+        arguments += [str(tmp_path / f"{i}.yaml"), str(tmp_path / f"two{i}")]
+    script = Path(__file__).with_name("distributed_training_cases.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, script, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "rank 0 done" in done.stdout
+    assert "rank 1 done" in done.stdout
+    training.run(RunConfig.parse(configs[0]), tmp_path / "one")
+    for one, two in zip(RunFolder(tmp_path / "one").rows(), RunFolder(tmp_path / "two0").rows(),
+                        strict=True):  # fmt: skip
+        for name in ("train_loss", "train_penalty", "test_loss", "train_accuracy", "test_accuracy"):
+            # Rounding that the steps amplify.
+            assert two[name] == pytest.approx(one[name], rel=1e-5 * 10 ** one["epoch"]), name
+        assert two["entropy"] == pytest.approx(one["entropy"], rel=1e-3)
+    assert RunFolder(tmp_path / "two0").status()["ranks"] == 2
+    ours, theirs = (build.trained(tmp_path / name).state_dict() for name in ("one", "two0"))
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=2e-4)
+    assert RunFolder(tmp_path / "two1").finished()  # with parameters that get no gradient
+
+
+def test_batches_divide_over_ranks():
+    from ses_lab.engine import Ranks
+
+    with pytest.raises(ConfigError, match="batch_size: 32 over 3 ranks is uneven"):
+        Training(RunConfig.parse(TINY), Ranks(0, 3, torch.device("cpu"), None))
+
+
+def test_lr_find():
+    rows = measure.lr_find(RunConfig.parse(TINY), start=1e-4, stop=1.0, steps=20)
+    rates = [row["lr"] for row in rows]
+    assert rates == sorted(rates)
+    assert rates[0] == 1e-4
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert len(measure.lr_plot(rows).axes[0].lines) == 3
+
+
+def test_probes_are_written(tmp_path):
+    from ses_lab.config import Choice
+
+    training.run(RunConfig.parse(merge(IMAGES, {"epochs": 1})), tmp_path)
+    first = measure.probe(tmp_path, [Choice(name="fgsm", epsilon=0.0)])
+    accuracy = RunFolder(tmp_path).rows()[-1]["test_accuracy"]
+    assert first["fgsm-epsilon=0.0"] == {"clean": accuracy, "robust": accuracy}
+    second = measure.probe(tmp_path, [Choice(name="pgd", steps=2)])
+    assert RunFolder(tmp_path).read_json("probes.json") == {**first, **second}
+    assert measure.probe(tmp_path, [Choice(name="pgd", steps=2)]) == second
+    with pytest.raises(ConfigError, match="unknown probe 'pdg'; did you mean 'pgd'"):
+        measure.probe(tmp_path, [Choice(name="pdg")])
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        measure.probe(tmp_path, [Choice(name="pgd", step=2)])

@@ -1,0 +1,1 @@
+"""A workbench for spectral entropy: training, distillation, weight spectra, probes, reports."""

@@ -1,0 +1,185 @@
+"""From a configuration to what it names: data, model, regime, optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ses_kernels import SESRegularizer
+from ses_lab import data, models, optim
+from ses_lab.config import ConfigError, RunConfig, Source
+from ses_lab.data import Dataset, Split
+from ses_lab.folder import RunFolder
+from ses_lab.losses import LOSSES
+from ses_lab.regimes import REGIMES, Supervised
+
+EVALUATION_BATCH = 512
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed of 63 bits for one use of randomness: equal parts, equal numbers, on any machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 images -> floats in [0, 1]; points as they are."""
+    images = images.to(device)
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+@contextlib.contextmanager
+def _as_config_error(what: str) -> Iterator[None]:
+    """What the constructors say of values that fit no schema."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
+def dataset(config: RunConfig) -> tuple[Dataset, Split | None]:
+    """The data, and the share ``config.validation`` of its training set, taken out of it."""
+    chosen = config.dataset
+    root = {} if chosen.root is None else {"root": chosen.root}
+    with _as_config_error(f"dataset {chosen.name}"):
+        loaded = data.load(chosen.name, download=chosen.download, **root, **chosen.params)
+    held_out = round(config.validation * len(loaded.train.labels))
+    if not config.validation:
+        return loaded, None
+    generator = torch.Generator().manual_seed(seed_of(config.seed, "validation"))
+    order = torch.randperm(len(loaded.train.labels), generator=generator)
+    validation, train = (
+        Split(loaded.train.images[rows], loaded.train.labels[rows])
+        for rows in (order[:held_out], order[held_out:])
+    )
+    if not len(validation.labels) or not len(train.labels):
+        raise ConfigError(f"validation: {config.validation} of {len(order)} images leaves no image")
+    return loaded._replace(train=train), validation
+
+
+def _fresh(config: RunConfig, dataset: Dataset) -> nn.Module:
+    images = dataset.train.images
+    sample = pixels(images[:: max(1, len(images) // 5000)])  # 5000 images tell the mean and std
+    axes = [axis for axis in range(sample.dim()) if axis != 1]
+    with _as_config_error(f"model {config.model.name} on {dataset.name}"):
+        return models.build(
+            config.model.name,
+            channels=images.shape[1],
+            size=images.shape[-1] if images.dim() == 4 else None,
+            classes=len(dataset.classes),
+            mean=sample.mean(axes).tolist(),
+            std=sample.std(axes).clamp_min(1e-3).tolist(),  # of a channel that is constant: 0
+            **config.model.params,
+        )
+
+
+def model(config: RunConfig, dataset: Dataset) -> nn.Module:
+    """The network at the start of the run; torch's global generator is left seeded."""
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    network = _fresh(config, dataset)
+    if config.init_from is not None:
+        _start_from(network, config.init_from)
+    if config.regularizer.spectral_norm is not None:
+        optim.spectral_norm(network, **config.regularizer.spectral_norm)
+    return network
+
+
+def _start_from(network: nn.Module, source: Source) -> None:
+    """All weights of another run; its classifier only where the classes are as many."""
+    other = trained(source.run, source.weights)
+    for module in other.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+    state, ours = other.state_dict(), network.state_dict()
+    for name in list(state):
+        head = name.startswith(f"{other.classifier}.")
+        if head and name in ours and ours[name].shape != state[name].shape:
+            state[name] = ours[name]
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"init_from: the weights of {source.run} do not fit: {error}") from None
+
+
+def weights(regime: Supervised) -> dict[str, dict[str, Tensor]]:
+    """``model``, and ``others``: heads, masks and connectors of the regime. Files hold them so."""
+    state = regime.state_dict()
+    others = {name: value for name, value in state.items() if not name.startswith("model.")}
+    return {"model": regime.model.state_dict(), "others": others}
+
+
+def load_weights(regime: Supervised, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    model = {f"model.{name}": value for name, value in state["model"].items()}
+    regime.load_state_dict({**model, **state["others"]})
+
+
+def load(folder: str | Path | RunFolder, weights: str) -> dict[str, Any]:
+    """The file of a run's "best" or "last" weights."""
+    folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
+    return folder.load({"best": "best.pt", "last": "checkpoint.pt"}[weights])
+
+
+def trained(folder: str | Path, weights: str = "last") -> nn.Module:
+    """The model of a run in eval mode on the CPU, with its "last" or its "best" weights.
+
+    Raises ConfigError where there is no run, FileNotFoundError where it has not got so far.
+    """
+    config = RunFolder(folder).config()
+    with torch.random.fork_rng(devices=[]):
+        network = _fresh(config, dataset(config)[0])
+        if config.regularizer.spectral_norm is not None:
+            optim.spectral_norm(network, **config.regularizer.spectral_norm)
+    network.load_state_dict(load(folder, weights)["model"])
+    return network.eval()
+
+
+def loss(config: RunConfig, dataset: Dataset) -> Callable[[Tensor, Tensor], Tensor]:
+    function, params = LOSSES[config.loss.name], config.loss.params
+    if "counts" in inspect.signature(function).parameters:  # those of the training set
+        counts = torch.bincount(dataset.train.labels, minlength=len(dataset.classes))
+        params = {"counts": counts.tolist(), **params}
+    return partial(function, **params)
+
+
+def regime(config: RunConfig, dataset: Dataset, network: nn.Module) -> Supervised:
+    """The regime around ``network``, on the device of the latter."""
+    device = next(network.parameters()).device
+    example = pixels(dataset.train.images[:8], device)
+    teacher = trained(config.teacher.run, config.teacher.weights) if config.teacher else None
+    return REGIMES[config.regime.name](
+        config.regime,
+        network,
+        loss(config, dataset),
+        example,
+        None if teacher is None else teacher.to(device),
+    ).to(device)
+
+
+def shaping(
+    config: RunConfig, network: nn.Module, group: torch.distributed.ProcessGroup | None
+) -> SESRegularizer | None:
+    """SES on the model, or None; entropies are those of the global batch of ``group``."""
+    if config.regularizer.ses is None:
+        return None
+    options = {"layers": network.ses_layers, **config.regularizer.ses}
+    return SESRegularizer(network, process_group=group, **options)
+
+
+def optimizer(
+    config: RunConfig, regime: Supervised, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Optimiser and schedule, to be stepped ``steps`` times; ``schedule.warmup`` is a share."""
+    params = {"lr": 0.1, **config.optimizer.params}
+    built = optim.optimizer(config.optimizer.name, regime.groups(params["lr"]), **params)
+    options = config.schedule.params
+    warmup = round(options.pop("warmup", 0) * steps)
+    return built, optim.schedule(config.schedule.name, built, steps, warmup=warmup, **options)

@@ -1,0 +1,266 @@
+"""One YAML file -> one RunConfig: everything that decides the numbers of one run.
+
+::
+
+    dataset: {name: shapes, preset: simple}        # or just a name: `dataset: digits`
+    model: {name: vit_tiny, depth: 4}
+    loss: {name: focal, gamma: 2}
+    regime: {name: adversarial, attack: pgd, epsilon: 0.03}
+    regularizer: {ses: {beta: 0.7, lambda_ses: 0.01, hook_last_n: 3}, sam: {rho: 0.05}}
+    augmentation: [crop_flip, {name: mixup, alpha: 0.2}]
+    optimizer: {name: sgd, lr: 0.1, momentum: 0.9}
+    schedule: {name: cosine, warmup: 0.05}
+    epochs: 10
+    seed: 3
+
+Wherever something is chosen by name, a bare name stands for ``{name: ...}`` and the other keys of
+the mapping are its parameters, checked against the signature of what the name stands for. Names
+are the keys of the registries (``DATASETS``, ``MODELS``, ``LOSSES``, ``AUGMENTATIONS``,
+``DISTILLERS``).
+
+``load(file, environment, flags)``: the file is overruled by ``SES_LAB__OPTIMIZER__LR=0.2``, and
+that by flags, dotted keys such as ``optimizer.lr``. ``merge(document, changes)`` is that rule for
+plain mappings and is what a grid is made with: a variant is a mapping of changes, a run is
+``RunConfig.parse(merge(base, {**variant, "method": "ses", "seed": 3}))``, and every run has its own
+folder ``config.path``, ``{dataset}/{method}/{model}/{seed}``.
+
+Two stages are two runs, the second naming the folder of the first: ``init_from: {run: FOLDER}``
+starts from its weights (pre-training -> ``regime: finetune``), ``teacher: {run: FOLDER}`` distils
+it (``regime: {name: distill, distiller: kd, a: 0.9}``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from ses_lab.names import ConfigError, check_params, lookup, unknown
+from ses_lab.options import REGIME_NAMES, Choice, DatasetChoice, Regime, Source, Strict, Supervised
+
+
+class Regularizer(Strict):
+    """Each None or a mapping of options, ``{}`` for the defaults."""
+
+    ses: dict[str, Any] | None = None  # of ses_kernels.SESRegularizer; lambda_ses: 0 only measures
+    spectral_norm: dict[str, Any] | None = None  # of ses_lab.optim.spectral_norm
+    sam: dict[str, Any] | None = None  # of ses_lab.optim.SAM
+
+
+class RunConfig(Strict):
+    """What one run is. Frozen; equal configurations give equal numbers."""
+
+    dataset: DatasetChoice
+    model: Choice
+    loss: Choice = Choice(name="cross_entropy")
+    regime: Regime = Supervised()
+    regularizer: Regularizer = Regularizer()
+    augmentation: tuple[Choice, ...] = ()
+    optimizer: Choice = Choice(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
+    schedule: Choice = Choice(name="cosine")  # warmup: the share of the steps on a rising rate
+    clip: float | None = Field(None, gt=0)  # of the norm of the gradient
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=1)  # of all ranks together
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images; chooses best.pt
+    seed: int = Field(0, ge=0)
+    init_from: Source | None = None
+    teacher: Source | None = None
+    method: str = Field("", pattern=r"^[\w.=+-]*$")  # name of the variant; "": made from the above
+    spectra_every: int | None = Field(None, ge=1)  # epochs; None: of the weights at the end only
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...; does not name a run, nor do sinks
+    sinks: tuple[Choice, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(regime := value.get("regime"), (str, Mapping)):
+            regime = {"name": regime} if isinstance(regime, str) else regime
+            if regime.get("name") not in REGIME_NAMES:
+                raise ValueError(unknown("regime", str(regime.get("name")), REGIME_NAMES))
+            value = {**value, "regime": regime}
+        if isinstance(value, Mapping):  # `--optimizer.lr 1` alone is a change of the default
+            value = dict(value)
+            for name in ("loss", "optimizer", "schedule"):
+                if isinstance(value.get(name), Mapping) and "name" not in value[name]:
+                    value[name] = cls.model_fields[name].default.model_dump() | value[name]
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.regime.name == "distill" and self.teacher is None:
+            raise ValueError("regime distill needs a teacher: {run: FOLDER}")
+        if self.teacher is not None and self.regime.name != "distill":
+            raise ValueError(f"teacher belongs to regime distill, got regime {self.regime.name}")
+        if self.regime.name == "finetune" and self.init_from is None:
+            raise ValueError("regime finetune needs init_from: {run: FOLDER}")
+        _check_registries(self)
+        return self
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> RunConfig:
+        """From a nested mapping. Raises ConfigError: faults by key, with the nearest name."""
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            # Members of a discriminated union appear in the location: the user did not write them.
+            names = {f"{e['loc'][0]}.{n}": e["loc"][0] for e in error.errors() if e["loc"]
+                     for n in REGIME_NAMES}  # fmt: skip
+            lines = []
+            for fault in error.errors():
+                key = ".".join(map(str, fault["loc"]))
+                for long, short in names.items():
+                    key = key.replace(long, short)
+                got = "" if isinstance(fault["input"], Mapping) else f", got {fault['input']!r}"
+                message = fault["msg"].removeprefix("Value error, ")
+                lines.append(f"{key}: {message}{got}" if key else f"{message}{got}")
+            raise ConfigError("\n".join(lines)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML types; ``parse`` of it is this configuration."""
+        return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers: all but device, sinks and where the archives lie."""
+        fields = self.to_dict()
+        for key in ("device", "sinks"):
+            del fields[key]
+        for key in ("root", "download"):
+            del fields["dataset"][key]
+        return fields
+
+    @property
+    def path(self) -> Path:
+        """``{dataset}/{method}/{model}/{seed}``, relative."""
+        return Path(
+            self.dataset.slug, self.method or self._method(), self.model.slug, f"{self.seed}"
+        )
+
+    def _method(self) -> str:
+        regime = self.regime
+        detail = {"distill": lambda: regime.distiller.slug, "adversarial": lambda: regime.attack}
+        parts = [detail.get(regime.name, lambda: regime.name)()]
+        parts += [
+            k for k in ("ses", "spectral_norm", "sam") if getattr(self.regularizer, k) is not None
+        ]
+        return "-".join(parts + [choice.name for choice in self.augmentation])
+
+
+# ---- names and parameters against the registries ----
+
+
+def _check_registries(config: RunConfig) -> None:
+    # Imported here: torch takes seconds, which the command line's help should not.
+    from ses_kernels import SESRegularizer
+    from ses_lab import augment, data, distill, losses, models, optim, sinks
+
+    def choice(kind: str, table: Mapping[str, Any], chosen: Choice, *given: str) -> None:
+        function = lookup(kind, table, chosen.name)
+        check_params(f"{kind} {chosen.name}", function, chosen.params, given)
+
+    choice("dataset", data.DATASETS, config.dataset, "name", "root", "download")
+    if ":" not in config.model.name:  # an importable model: its own constructor complains
+        choice("model", models.MODELS, config.model, "normalize", "classes")
+    choice("loss", losses.LOSSES, config.loss, "logits", "targets")
+    for augmentation in config.augmentation:
+        given = ("images", "targets", "generator")
+        choice("augmentation", augment.AUGMENTATIONS, augmentation, *given)
+    if config.regime.name == "distill":
+        choice("distiller", distill.DISTILLERS, config.regime.distiller, "student", "teacher")
+    choice("optimizer", optim.OPTIMIZERS, config.optimizer, "params")
+    params = {name: value for name, value in config.schedule.params.items() if name != "warmup"}
+    choice("schedule", optim.SCHEDULES, Choice(name=config.schedule.name, **params), "t")
+    for sink in config.sinks:
+        choice("sink", sinks.SINKS, sink)
+    for name, function, given in (
+        ("ses", SESRegularizer, ("model", "process_group")),
+        ("spectral_norm", optim.spectral_norm, ("model",)),
+        ("sam", optim.SAM, ("optimizer",)),
+    ):
+        check_params(
+            f"regularizer.{name}", function, getattr(config.regularizer, name) or (), given
+        )
+
+
+# ---- file < environment < flags ----
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 wants 5.0e-4 and reads 5e-4 as a string; YAML 1.2 and people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``document`` with ``changes``, whose keys may be dotted (``optimizer.lr``).
+
+    Mappings merge key by key, and anything else replaces. A change of ``name`` replaces the whole
+    mapping, since parameters belong to what is named.
+    """
+    result = dict(document)
+    for dotted, value in changes.items():
+        key, _, rest = dotted.partition(".")
+        value = {rest: value} if rest else value
+        before = result.get(key)
+        if isinstance(value, Mapping):
+            before = {"name": before} if isinstance(before, str) else before
+            if not isinstance(before, Mapping) or value.get(
+                "name", before.get("name")
+            ) != before.get("name"):
+                before = {}
+            result[key] = merge(before, value)
+        else:
+            result[key] = value
+    return result
+
+
+def from_environment(environment: Mapping[str, str], prefix: str = "SES_LAB__") -> dict[str, Any]:
+    """``SES_LAB__OPTIMIZER__LR=0.1`` -> ``{"optimizer.lr": 0.1}``; values are YAML."""
+    return {
+        name.removeprefix(prefix).lower().replace("__", "."): parse_yaml(value)
+        for name, value in environment.items()
+        if name.startswith(prefix)
+    }
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError when it is none."""
+    try:
+        document = parse_yaml(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(document).__name__}")
+    return document
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The configuration of a file (or of nothing), overruled by environment, then by flags.
+
+    Args:
+        environment: None means ``os.environ``.
+        flags: dotted keys to values.
+
+    Raises:
+        ConfigError: names the faults, with the nearest key or name there is.
+    """
+    document = read_yaml(path) if path is not None else {}
+    document = merge(document, from_environment(os.environ if environment is None else environment))
+    return RunConfig.parse(merge(document, flags or {}))

@@ -1,0 +1,215 @@
+"""One step, one epoch, one evaluation: on one process, or on a rank among those of torchrun."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ses_lab import build, optim
+from ses_lab.augment import AUGMENTATIONS
+from ses_lab.config import ConfigError, RunConfig
+from ses_lab.data import Split
+from ses_lab.sinks import Sink
+
+
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+    group: dist.ProcessGroup | None  # None: a single process
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, self.group)
+        return box[0]
+
+    def total(self, values: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The device that the configuration names; "auto" is the GPU of this rank, or else the CPU."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    local = os.environ.get("LOCAL_RANK", 0)
+    return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+
+
+def ranks(config: RunConfig) -> Ranks:
+    """This process among those that torchrun started, or alone."""
+    device = device_of(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks(0, 1, device, None)
+    if not dist.is_initialized():  # once a process: torchrun's store admits no second group
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+
+
+def _leave() -> None:
+    gc.collect()  # models that still hold the group
+    dist.destroy_process_group()
+
+
+class Training:
+    """Everything that one run trains with; :meth:`step` is one optimiser step."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        dataset, validation = build.dataset(config)
+        self.classes = len(dataset.classes)
+        # Whole in the device's memory: these datasets fit, and no worker processes are needed.
+        self.train, self.test, self.validation = (
+            split and Split(*(x.to(ranks.device) for x in split))
+            for split in (dataset.train, dataset.test, validation)
+        )
+        size = min(config.batch_size, len(self.train.labels))
+        if config.batch_size % ranks.world:
+            raise ConfigError(f"batch_size: {config.batch_size} over {ranks.world} ranks is uneven")
+        self.batch_size = size - size % ranks.world
+        self.batches = len(self.train.labels) // self.batch_size  # a smaller last one is left out
+
+        self.model = build.model(config, dataset).to(ranks.device)
+        self.regime = build.regime(config, dataset, self.model)
+        self.ses = build.shaping(config, self.model, ranks.group)
+        self.steps = config.epochs * self.batches * self.regime.replays
+        self.optimizer, self.schedule = build.optimizer(config, self.regime, self.steps)
+        sam = config.regularizer.sam
+        self.stepper = self.optimizer if sam is None else optim.SAM(self.optimizer, **sam)
+        self.generator = torch.Generator(ranks.device)
+        self.module: nn.Module = self.regime
+
+    def start(self) -> None:
+        """After the state is loaded, before the first step."""
+        if self.ranks.group is not None:
+            self.module = nn.parallel.DistributedDataParallel(
+                self.regime, find_unused_parameters=self.regime.idle_parameters
+            )
+
+    def order(self, epoch: int) -> Tensor:  # (batches, batch_size) indices of the training set
+        generator = torch.Generator().manual_seed(build.seed_of(self.config.seed, "order", epoch))
+        order = torch.randperm(len(self.train.labels), generator=generator)
+        return order[: self.batches * self.batch_size].view(self.batches, -1)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's images in [0, 1] and labels of a global batch."""
+        mine = indices[self.ranks.rank :: self.ranks.world].to(self.ranks.device)
+        return build.pixels(self.train.images[mine], self.ranks.device), self.train.labels[mine]
+
+    def step(self, epoch: int, number: int, replay: int, indices: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on a global batch; the numbers of its first forward pass."""
+        config, place = self.config, (epoch, number, self.ranks.rank)
+        images, labels = self.batch(indices)
+        targets = F.one_hot(labels, self.classes).float()
+        self.generator.manual_seed(build.seed_of(config.seed, "augment", *place))
+        for choice in config.augmentation:
+            augment = AUGMENTATIONS[choice.name]
+            images, targets = augment(images, targets, self.generator, **choice.params)
+        seed = build.seed_of(config.seed, "step", *place, replay)
+        steps = self._before(epoch, number) + replay
+        passes: list[dict[str, Tensor]] = []
+
+        def closure() -> Tensor:
+            # SAM calls it twice: the same dropout, masks and SES step at both points.
+            torch.manual_seed(seed)
+            self.generator.manual_seed(seed)
+            self.optimizer.zero_grad()
+            if self.ses is not None:
+                self.ses.load_state_dict({"step": steps})
+            result = self.module(images, targets, self.generator)
+            loss = result["loss"]
+            if self.ses is not None:
+                penalty = self.ses.loss()
+                result["penalty"] = penalty.detach().to(loss.device)
+                loss = loss + penalty
+            loss.backward()
+            if config.clip is not None:
+                nn.utils.clip_grad_norm_(self.regime.parameters(), config.clip)
+            passes.append({name: value.detach() for name, value in result.items()})
+            return loss
+
+        self.stepper.step(closure)
+        self.regime.after_backward()
+        self.schedule.step()
+        return passes[0]
+
+    def _before(self, epoch: int, number: int) -> int:
+        return ((epoch - 1) * self.batches + number) * self.regime.replays
+
+    def epoch(self, epoch: int, sinks: Sequence[Sink]) -> dict[str, Any]:
+        """Trains for one epoch; means over its steps, and the entropies of the last measured."""
+        self.regime.train()
+        self.regime.begin_epoch()
+        totals: dict[str, Tensor] = {}
+        for number, indices in enumerate(self.order(epoch)):
+            for replay in range(self.regime.replays):
+                for name, value in self.step(epoch, number, replay, indices).items():
+                    totals[name] = totals.get(name, 0) + value.double()
+                for sink in sinks:
+                    sink.advance(len(indices))
+        sums = self.ranks.total(torch.stack(list(totals.values())))
+        means = (sums / (self.ranks.world * self.batches * self.regime.replays)).tolist()
+        first, end = self._before(epoch, 0), self._before(epoch + 1, 0)
+        every = (self.config.regularizer.ses or {}).get("every_k", 1)
+        measured = self.ses is not None and -(-first // every) * every < end  # in this epoch
+        row = {f"train_{name}": mean for name, mean in zip(totals, means, strict=True)}
+        return {**row, "entropy": self.ses.entropies} if measured else row
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Means over a split in eval mode, every rank measuring its share."""
+        if self.ranks.group is not None:
+            for buffer in self.regime.buffers():  # rank 0's batch norms are those that are saved
+                dist.broadcast(buffer, 0, self.ranks.group)
+        share = Split(*(x[self.ranks.rank :: self.ranks.world] for x in split))
+        totals = evaluate(self.regime, share, self.config.seed)
+        sums = self.ranks.total(torch.stack([*totals.values()]))
+        values = (sums / len(split.labels)).tolist()
+        return dict(zip(totals, values, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **build.weights(self.regime),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        build.load_weights(self.regime, state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+@torch.no_grad()
+def evaluate(regime: nn.Module, split: Split, seed: int) -> dict[str, Tensor]:
+    """Sums over a split, float64, in eval mode."""
+    regime.eval()
+    device = split.labels.device
+    generator = torch.Generator(device)
+    totals: dict[str, Tensor] = {}
+    for start in range(0, len(split.labels), build.EVALUATION_BATCH):
+        rows = slice(start, start + build.EVALUATION_BATCH)
+        images, labels = build.pixels(split.images[rows], device), split.labels[rows]
+        generator.manual_seed(build.seed_of(seed, "evaluate", start))
+        for name, mean in regime.evaluate(images, labels, generator).items():
+            totals[name] = totals.get(name, 0) + mean.double() * len(labels)
+    return totals

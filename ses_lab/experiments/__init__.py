@@ -1,0 +1,292 @@
+"""Experiments as data: a YAML file of variants, seeds, probes and scales, and what runs it.
+
+::
+
+    title: Shaping at every k-th step
+    question: How much of the effect remains, and of the cost?
+    base: {dataset: cifar100, model: resnet18, ...}   # a RunConfig, without method and seed
+    variants:                                          # changes of it; the first is the control
+      baseline: {}
+      k=10: {regularizer.ses: {every_k: 10}}
+    seeds: [42]
+    probes: {corruption: {severities: [1, 3, 5]}}
+    measures: [accuracy, gap, corruption.mean]         # columns of the report
+    sweep: regularizer.ses.every_k                     # an axis of its figure
+    reference: [{source: ..., setting: ..., rows: {k=10: {accuracy: 75.85}}}]
+    scales: {full: {}, smoke: {base.dataset: digits, seeds: [0, 1, 2]}}
+
+A scale is changes of the document, by the rule of :func:`ses_lab.config.merge`. A variant that
+learns from another one of the same seed names it, as ``teacher: {run: teacher}`` or ``init_from``,
+and comes after it. Published numbers are those that the named source gives, and no others.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from ses_lab.config import (
+    Choice,
+    ConfigError,
+    RunConfig,
+    Strict,
+    check_params,
+    from_environment,
+    lookup,
+    merge,
+    read_yaml,
+    unknown,
+)
+from ses_lab.folder import RunFolder, atomic, write_json
+from ses_lab.sinks import Sink
+
+# Of every run: last and best accuracy on the test set and last accuracy on the training set less
+# that on the test set, in percent; median duration of an epoch, and by how many percent it is
+# longer than the control's.
+METRICS = ("accuracy", "best_accuracy", "gap", "seconds", "overhead")
+
+
+class Reference(Strict):
+    """Published numbers, in the units of ours."""
+
+    source: str
+    setting: str
+    seeds: int = 1
+    # variant -> measure -> number, mean and deviation, or the source's words
+    rows: dict[str, dict[str, float | tuple[float, float] | str]]
+
+
+class Experiment(Strict):
+    """One experiment at one scale; frozen and valid down to the last run."""
+
+    name: str
+    scale: str
+    title: str
+    question: str
+    base: dict[str, Any]
+    variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    probes: dict[str, dict[str, Any]] = Field({})
+    measures: tuple[str, ...]
+    sweep: str | None = None
+    pareto: str | None = None  # a measure, to be drawn against overhead
+    reference: tuple[Reference, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        from ses_lab.probes import PROBES
+
+        given = ("model", "images", "labels", "generator", "folder")
+        for name, params in self.probes.items():
+            function = lookup("probe", {**PROBES, **OF_RUNS}, name)
+            check_params(f"probes.{name}", function, params, given)
+        for measure in (*self.measures, *([self.pareto] if self.pareto else [])):
+            if measure.partition(".")[0] not in (*METRICS, *self.probes):
+                raise ValueError(unknown("measure", measure, (*METRICS, *self.probes)))
+        for reference in self.reference:
+            for variant in reference.rows:
+                lookup("variant of reference", self.variants, variant)
+        self.runs(Path())
+        return self
+
+    @property
+    def control(self) -> str:
+        return next(iter(self.variants))
+
+    def runs(self, root: Path) -> dict[Path, RunConfig]:
+        """Folder -> configuration of every run, those that others learn from before them."""
+        found: dict[Path, RunConfig] = {}
+        for seed in self.seeds:
+            folders: dict[str, Path] = {}
+            for variant, changes in self.variants.items():
+                document = merge(self.base, {**changes, "method": variant, "seed": seed})
+                for key in ("init_from", "teacher"):
+                    if isinstance(source := document.get(key), Mapping):
+                        if (other := source.get("run")) not in folders:
+                            raise ConfigError(
+                                f"variants.{variant}.{key}.run: expected a variant before it, "
+                                f"{list(folders)}, got {other!r}"
+                            )
+                        document[key] = {**source, "run": str(folders[other])}
+                try:
+                    config = RunConfig.parse(document)
+                except ConfigError as error:
+                    raise ConfigError(f"variants.{variant}: {error}") from None
+                folders[variant] = root / config.path
+                found[folders[variant]] = config
+        return found
+
+
+def names() -> tuple[str, ...]:
+    """The experiments that come with the package."""
+    return tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yaml")))
+
+
+def load(name: str, scale: str = "smoke", changes: Mapping[str, Any] | None = None) -> Experiment:
+    """An experiment by name, or of a YAML file, at one of its scales.
+
+    Args:
+        changes: dotted keys of the document, ``{"base.dataset.root": "data", "seeds": [0]}``;
+            they overrule the environment (``SES_LAB__DATASET__ROOT``, of the base), and that the
+            file.
+
+    Raises:
+        ConfigError: names every fault, with the nearest key or name there is.
+    """
+    if Path(name).suffix == ".yaml":
+        path = Path(name)
+    elif name in names():
+        path = Path(__file__).parent / f"{name}.yaml"
+    else:
+        raise ConfigError(unknown("experiment", name, names()))
+    document = read_yaml(path)
+    # Dotted keys to nested ones, so that changes of a variant meet what they change.
+    for part in ("base", "variants"):
+        document[part] = document.get(part) or {}
+    document["variants"] = {k: merge({}, v or {}) for k, v in document["variants"].items()}
+    scales = document.pop("scales", {})
+    document = merge(document, lookup("scale", scales, scale) or {})
+    document["base"] = merge(document["base"], from_environment(os.environ))
+    document = merge(document, changes or {})
+    return _parse({**document, "name": path.stem, "scale": scale}, path)
+
+
+def _parse(document: Mapping[str, Any], where: Path) -> Experiment:
+    try:
+        return Experiment.model_validate(document)
+    except ValidationError as error:
+        faults = [
+            f"{where}: {'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}"
+            for f in error.errors()
+        ]
+        raise ConfigError("\n".join(faults)) from None
+
+
+def saved(path: Path) -> Experiment:
+    """The experiment that :func:`run` wrote to ``path``, ``experiment.yaml``."""
+    return _parse(read_yaml(path), path)
+
+
+def run(
+    name: str,
+    scale: str = "smoke",
+    out: str | os.PathLike = "experiments",
+    changes: Mapping[str, Any] | None = None,
+    sinks: Sequence[Sink] = (),
+) -> Path:
+    """Trains and probes every run that is not finished, in ``out/name/scale``; that folder.
+
+    Called again it goes on where it was ended, and does nothing where all is done. A run that
+    diverges stays unfinished, with a warning, and the others go on.
+
+    Raises as :func:`load`, and OtherRunError where the folder holds runs of another configuration.
+    """
+    from ses_lab import measure, training
+    from ses_lab.probes import PROBES
+
+    experiment = load(name, scale, changes)
+    root = Path(out) / experiment.name / scale
+    probes = [Choice(name=name, **params) for name, params in experiment.probes.items()]
+    for folder, config in experiment.runs(root).items():
+        try:
+            training.run(config, folder, sinks)
+        except FloatingPointError as error:
+            warnings.warn(f"{folder}: {error}", stacklevel=2)
+        if os.environ.get("RANK", "0") != "0":  # under torchrun one rank writes and probes
+            continue
+        _save(experiment, root)
+        run = RunFolder(folder)
+        missing = [choice for choice in probes if choice.slug not in run.read_json("probes.json")]
+        if not run.finished() or not missing:
+            continue
+        measure.probe(folder, [choice for choice in missing if choice.name in PROBES])
+        ours = {c.slug: OF_RUNS[c.name](folder, **c.params) for c in missing if c.name in OF_RUNS}
+        with run.claim(config):
+            write_json(run / "probes.json", {**run.read_json("probes.json"), **ours})
+    return root
+
+
+def _save(experiment: Experiment, root: Path) -> None:
+    with atomic(root / "experiment.yaml") as file:
+        file.write(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).encode())
+
+
+def weight_spectra(folder: str | os.PathLike, *, layers: str = "*") -> dict[str, float]:
+    """Means over the weights that match the glob ``layers``, of a run's last weights.
+
+    ``alpha``, ``hill``, ``stable_rank`` and ``entropy`` of :func:`ses_lab.spectra.table`;
+    ``stable_rank_share`` of the smaller side; ``decay``, the exponent a of sigma_i ~ i^-a by least
+    squares over ranks from 10 to 60 % (that of mgrts/vision-spectra, there called alpha); each
+    also as ``..._change`` since the initial weights. Fits that fail are left out.
+    """
+    import torch
+
+    from ses_lab import build
+
+    config = RunFolder(folder).config()
+    last = _means(build.trained(folder, "last"), layers)
+    with torch.random.fork_rng():
+        first = _means(build.model(config, build.dataset(config)[0]), layers)
+    return {**last, **{f"{key}_change": last[key] - first[key] for key in last}}
+
+
+def _means(model, layers: str) -> dict[str, float]:
+    from ses_lab import spectra
+
+    rows = [row for row in spectra.table(model) if fnmatchcase(row["layer"], layers)]
+    if not rows:
+        raise ConfigError(f"probes.spectra.layers: {layers!r} matches no weight of the model")
+    sigmas = spectra.singular_values(model)
+    for row in rows:
+        row["stable_rank_share"] = row["stable_rank"] / min(row["rows"], row["columns"])
+        row["decay"] = _decay(sigmas[row["layer"]])
+    keys = ("alpha", "hill", "stable_rank", "stable_rank_share", "entropy", "decay")
+    return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}
+
+
+def _decay(sigma: np.ndarray) -> float:  # (n,) descending
+    n = len(sigma)
+    ranks = np.arange(max(1, n // 10), max(1, n * 6 // 10))  # from 0
+    if len(ranks) < 2 or sigma[ranks[-1]] <= 0:
+        return np.nan
+    return float(-np.polyfit(np.log(ranks + 1), np.log(sigma[ranks]), 1)[0])
+
+
+def entropy_targets(folder: str | os.PathLike) -> dict[str, float]:
+    """``target.<layer>``, beta log d in nats, of a run with SES; ``distance``: mean |H - target|.
+
+    H is that of the last training step that measured.
+    """
+    from ses_lab import build
+
+    run = RunFolder(folder)
+    config = run.config()
+    if config.regularizer.ses is None:
+        raise ConfigError(
+            f"probes.entropy: {folder} has no regularizer.ses (lambda_ses: 0 measures)"
+        )
+    model = build.trained(folder, "last").train()
+    images = build.pixels(build.dataset(config)[0].test.images[:8])
+    with warnings.catch_warnings(), build.shaping(config, model, None) as ses:
+        warnings.simplefilter("ignore")  # 8 samples tell the widths, not the entropies
+        model(images)
+        ses.loss()
+        targets = ses.targets
+    entropies = run.rows()[-1]["entropy"]
+    distances = [abs(entropies[layer] - target) for layer, target in targets.items()]
+    return {
+        **{f"target.{layer}": target for layer, target in targets.items()},
+        "distance": float(np.mean(distances)),
+    }
+
+
+# Probes that ask for more than a model and samples: functions of the folder.
+OF_RUNS = {"spectra": weight_spectra, "entropy": entropy_targets}

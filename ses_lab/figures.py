@@ -1,0 +1,138 @@
+"""Figures of an experiment: measures by variant, sweeps, entropy dynamics, cost against effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ses_lab.experiments import Experiment
+from ses_lab.folder import RunFolder
+from ses_lab.results import Results, table
+
+
+def draw(results: Results) -> dict[str, Figure]:
+    """By kind: measures always; dynamics and pareto where the experiment asks for them."""
+    experiment = results.experiment
+    drawn = {"measures": _measures(results)}
+    if "entropy" in experiment.probes:
+        drawn["dynamics"] = _dynamics(results)
+    if experiment.pareto:
+        drawn["pareto"] = _pareto(results)
+    return drawn
+
+
+Points = dict[str, dict[str, tuple[float, float]]]  # measure -> variant -> value, deviation
+
+
+def _points(results: Results) -> list[tuple[str, Points]]:
+    """Ours and each source's, those that have any."""
+    experiment = results.experiment
+    ours: Points = {}
+    for cell in table(results):
+        if cell["mean"] is not None:
+            point = cell["mean"], cell["std"] or 0.0
+            ours.setdefault(cell["measure"], {})[cell["variant"]] = point
+    rows = [(f"scale {experiment.scale}", ours)]
+    for number, reference in enumerate(experiment.reference, 1):
+        published: Points = {}
+        for variant, numbers in reference.rows.items():
+            for measure, value in numbers.items():
+                if not isinstance(value, str):
+                    point = value if isinstance(value, tuple) else (value, 0.0)
+                    published.setdefault(measure, {})[variant] = point
+        rows.append((f"published [{number}]", published))
+    return [(label, points) for label, points in rows if points]
+
+
+def _measures(results: Results) -> Figure:
+    """A panel for each measure; a row of them for ours and one for each source."""
+    measures = results.experiment.measures
+    rows = [(label, points) for label, points in _points(results) if {*measures} & points.keys()]
+    figure = Figure(figsize=(3 * len(measures), 2.8 * max(1, len(rows))), layout="constrained")
+    panels = figure.subplots(max(1, len(rows)), len(measures), squeeze=False)
+    for line, (label, points) in zip(panels, rows, strict=False):
+        for panel, measure in zip(line, measures, strict=True):
+            if measure not in points:
+                panel.set_axis_off()
+                continue
+            _draw(results.experiment, panel, points[measure])
+            panel.set_title(f"{measure}, {label}", fontsize="small")
+            panel.tick_params(labelsize="x-small")
+    return figure
+
+
+def _draw(experiment: Experiment, panel: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    swept = {v: x for v in points if (x := _swept(experiment, v)) is not None}
+    if not swept:
+        means, errors = zip(*points.values(), strict=True)
+        panel.errorbar(range(len(points)), means, errors, fmt="o", capsize=3)
+        panel.set_xticks(range(len(points)), [*points], rotation=45, ha="right")
+        panel.margins(x=0.2)
+        return
+    means, errors = zip(*(points[v] for v in swept), strict=True)
+    panel.errorbar([*swept.values()], means, errors, marker="o", capsize=3)
+    panel.set_xlabel(experiment.sweep.rpartition(".")[2], fontsize="x-small")
+    if min(swept.values()) > 0 and max(swept.values()) >= 10 * min(swept.values()):
+        panel.set_xscale("log")
+    if experiment.control in points:
+        mean, error = points[experiment.control]
+        panel.axhline(mean, color="grey", linestyle="--", label=experiment.control)
+        panel.axhspan(mean - error, mean + error, color="grey", alpha=0.2, linewidth=0)
+        panel.legend(fontsize="x-small")
+
+
+def _swept(experiment: Experiment, variant: str) -> float | None:
+    value: Any = experiment.variants[variant] if experiment.sweep else None
+    for key in experiment.sweep.split(".") if experiment.sweep else ():
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _pareto(results: Results) -> Figure:
+    """A measure against the time that it costs, ours and published in panels of their own."""
+    experiment = results.experiment
+    rows = [
+        (label, points)
+        for label, points in _points(results)
+        if {experiment.pareto, "overhead"} <= points.keys()
+    ]
+    figure = Figure(figsize=(4.5 * max(1, len(rows)), 3.5), layout="constrained")
+    panels = figure.subplots(1, max(1, len(rows)), squeeze=False)[0]
+    for panel, (label, points) in zip(panels, rows, strict=False):
+        costs = {experiment.control: (0.0, 0.0), **points["overhead"]}
+        for variant, (y, y_error) in points[experiment.pareto].items():
+            if variant in costs:
+                x, x_error = costs[variant]
+                panel.errorbar(x, y, y_error, x_error, marker="o", capsize=3, label=variant)
+        panel.set(xlabel="time added to an epoch, %", ylabel=experiment.pareto, title=label)
+        panel.legend(fontsize="x-small")
+    return figure
+
+
+def _dynamics(results: Results) -> Figure:
+    """Entropy of every hooked layer against epochs, its range over seeds shaded; dashed: target."""
+    configs = results.experiment.runs(results.root)
+    paths = {(config.method, config.seed): path for path, config in configs.items()}
+    probed = {v: [*results.values(v, "entropy.distance")] for v in results.runs}
+    variants = [variant for variant, seeds in probed.items() if seeds]
+    figure = Figure(figsize=(5 * max(1, len(variants)), 4), layout="constrained")
+    panels = figure.subplots(1, max(1, len(variants)), squeeze=False, sharey=True)[0]
+    for panel, variant in zip(panels, variants, strict=False):
+        runs = [RunFolder(paths[variant, seed]) for seed in probed[variant]]
+        histories = [[row["entropy"] for row in run.rows()] for run in runs]
+        numbers = results.runs[variant][probed[variant][0]]
+        for i, layer in enumerate(histories[0][-1]):
+            values = np.array([[row[layer] for row in history] for history in histories])
+            epochs, color = range(1, values.shape[1] + 1), f"C{i % 10}"
+            panel.plot(epochs, values.mean(0), color=color, label=layer)
+            panel.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.2)
+            target = numbers[f"entropy.target.{layer}"]
+            panel.axhline(target, color=color, linestyle="--", linewidth=1)
+        panel.set(title=variant, xlabel="epoch", ylabel="spectral entropy, nats")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", fontsize="x-small")
+    return figure

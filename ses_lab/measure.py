@@ -1,0 +1,103 @@
+"""Measuring runs that are there: evaluation again, probes; and the learning-rate range test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from ses_lab import build, engine, optim
+from ses_lab.config import Choice, RunConfig
+from ses_lab.data import Split
+from ses_lab.folder import RunFolder, write_json
+from ses_lab.names import check_params, lookup
+from ses_lab.probes import PROBES
+from ses_lab.regimes import REGIMES
+
+
+def evaluate(folder: str | os.PathLike, weights: str = "last") -> dict[str, float]:
+    """Loss and accuracy of a run on its test and validation sets, as they were while it trained."""
+    folder = RunFolder(folder)
+    config = folder.config()
+    dataset, validation = build.dataset(config)
+    # How a network was trained only matters where that is what is evaluated.
+    kind = REGIMES[config.regime.name if config.regime.name == "mim" else "supervised"]
+    example = build.pixels(dataset.train.images[:8])
+    regime = kind(config.regime, build.trained(folder.path, weights), None, example)
+    if config.regime.name == "mim":
+        build.load_weights(regime, build.load(folder, weights))
+    device = engine.device_of(config)
+    regime.to(device)
+    figures: dict[str, float] = {}
+    for name, split in (("test", dataset.test), ("val", validation)):
+        if split is not None:
+            split = Split(*(x.to(device) for x in split))
+            sums = engine.evaluate(regime, split, config.seed)
+            figures |= {f"{name}_{k}": v.item() / len(split.labels) for k, v in sums.items()}
+    return figures
+
+
+def probe(
+    folder: str | os.PathLike, probes: Sequence[Choice], weights: str = "last"
+) -> dict[str, dict[str, Any]]:
+    """Numbers of each probe on a run's test set; also written to its ``probes.json``.
+
+    Args:
+        probes: of ``PROBES``, with their parameters; results are under ``Choice.slug``.
+    """
+    folder = RunFolder(folder)
+    config = folder.config()
+    for choice in probes:
+        function = lookup("probe", PROBES, choice.name)
+        given = ("model", "images", "labels", "generator")
+        check_params(f"probe {choice.name}", function, choice.params, given)
+    dataset, _ = build.dataset(config)
+    device = engine.device_of(config)
+    model = build.trained(folder.path, weights).to(device)
+    images, labels = build.pixels(dataset.test.images, device), dataset.test.labels.to(device)
+    found = {}
+    for choice in probes:
+        generator = torch.Generator().manual_seed(build.seed_of(config.seed, choice.slug))
+        function = PROBES[choice.name]
+        found[choice.slug] = function(model, images, labels, generator, **choice.params)
+    with folder.claim(config):
+        write_json(folder / "probes.json", {**folder.read_json("probes.json"), **found})
+    return found
+
+
+def lr_find(config: RunConfig, **options: Any) -> list[dict[str, float]]:
+    """The learning-rate range test of a configuration: rows of lr, loss and smoothed loss.
+
+    Args:
+        options: start, stop and steps, of :func:`ses_lab.optim.lr_range_test`.
+    """
+    with torch.random.fork_rng():
+        training = engine.Training(config, engine.ranks(config))
+        training.regime.train()
+        training.regime.prepare(training.batch(rows)[0] for rows in training.order(0))
+        training.start()
+        places = ((epoch, *place) for epoch in range(1, 10**9)
+                  for place in enumerate(training.order(epoch)))  # fmt: skip
+
+        def step() -> float:
+            epoch, number, indices = next(places)
+            return training.step(epoch, number, 0, indices)["loss"].item()
+
+        return optim.lr_range_test(step, training.optimizer, **options)
+
+
+def lr_plot(rows: Sequence[dict[str, float]]) -> Figure:
+    """Loss against learning rate; a line where the smoothed loss falls fastest."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    panel = figure.subplots()
+    rates = [row["lr"] for row in rows]
+    panel.plot(rates, [row["loss"] for row in rows], ".", markersize=3, label="loss")
+    panel.plot(rates, [row["smooth"] for row in rows], label="smoothed")
+    best = optim.steepest(rows)
+    panel.axvline(best, linestyle=":", label=f"steepest: {best:.2g}")
+    panel.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    panel.legend()
+    return figure

@@ -1,0 +1,118 @@
+"""The parts of a configuration: what is chosen by name, other runs, and the regimes' options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ses_lab.names import unknown
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and cls.model_config["extra"] == "forbid":
+            for key in value:
+                if key not in cls.model_fields:
+                    raise ValueError(unknown("key", str(key), cls.model_fields))
+        return value
+
+
+class Choice(Strict):
+    """``name`` and the parameters of what it names; a bare string is a name without any."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra)
+
+    @property
+    def slug(self) -> str:
+        """Part of a path: ``shapes-preset=simple``."""
+        parts = [self.name, *(f"{k}={v}" for k, v in sorted(self.params.items()))]
+        return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
+
+
+class DatasetChoice(Choice):
+    root: str | None = None  # where archives lie; neither it nor download changes a number
+    download: bool = False
+
+
+class Source(Strict):
+    """The weights of another run."""
+
+    run: str  # its folder
+    weights: Literal["best", "last"] = "last"
+
+
+# ---- regimes: what one step of training minimises ----
+
+
+class Supervised(Strict):
+    name: Literal["supervised"] = "supervised"
+
+
+class MaskedImageModelling(Strict):
+    """SimMIM: squares of ``patch`` pixels hidden, the share ``mask`` of them, pixels predicted."""
+
+    name: Literal["mim"] = "mim"
+    mask: float = Field(0.6, gt=0, lt=1)
+    patch: int = Field(4, ge=1)
+
+
+class Finetune(Strict):
+    """Supervised, from ``init_from``; parameters that match a glob of ``freeze`` stay as they are.
+
+    ``backbone_lr`` multiplies the learning rate of all but the classifier.
+    """
+
+    name: Literal["finetune"] = "finetune"
+    freeze: tuple[str, ...] = ()
+    backbone_lr: float = Field(1.0, gt=0)
+
+
+class Multitask(Strict):
+    """The loss of the labels plus ``weight`` times that of masked-image modelling."""
+
+    name: Literal["multitask"] = "multitask"
+    weight: float = Field(1.0, ge=0)
+    mask: float = Field(0.6, gt=0, lt=1)
+    patch: int = Field(4, ge=1)
+
+
+class Adversarial(Strict):
+    """L-inf of radius ``epsilon``: ``steps`` of PGD, or of free replays of each batch."""
+
+    name: Literal["adversarial"] = "adversarial"
+    attack: Literal["pgd", "free"] = "pgd"
+    epsilon: float = Field(8 / 255, gt=0)
+    steps: int = Field(7, ge=1)
+    step_size: float | None = None  # of PGD; None: 2.5 epsilon / steps
+
+
+class Distill(Strict):
+    """(1 - a) loss(labels) + a distiller(student, teacher)."""
+
+    name: Literal["distill"] = "distill"
+    distiller: Choice = Choice(name="kd")
+    a: float = Field(0.5, ge=0, le=1)
+
+
+Regime = Annotated[
+    Supervised | MaskedImageModelling | Finetune | Multitask | Adversarial | Distill,
+    Field(discriminator="name"),
+]
+REGIME_NAMES = ("supervised", "mim", "finetune", "multitask", "adversarial", "distill")
