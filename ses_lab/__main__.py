@@ -1,5 +1,13 @@
-"""``python -m ses_lab``, and so ``torchrun --nproc-per-node=2 -m ses_lab train run.yaml``."""
+"""The command ``ses-lab``, and ``python -m ses_lab``, which torchrun takes as ``-m ses_lab``."""
 
-from ses_lab.cli import main
 
-main()
+def main() -> None:
+    try:
+        from ses_lab import cli
+    except ImportError as error:
+        raise SystemExit(f"ses-lab: {error}; pip install 'ses_kernels[lab]'") from None
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

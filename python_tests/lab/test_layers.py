@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = ["names", "options", "networks", "models", "data.dataset", "data.download", "data.bundled",
@@ -52,3 +54,10 @@ def test_the_library_does_not_know_the_lab():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".h", ".cpp", ".cu"):
                 assert "ses_lab" not in path.read_text(), path
+
+
+def test_without_its_extra_the_command_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; from ses_lab.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "pip install 'ses_kernels[lab]'" in done.stderr
