@@ -228,8 +228,10 @@ def test_default_layers_where_attention_is_made_of_attention_and_output():
         ({"beta": {"avgpool": 0}}, "beta must be between 0 and 1, got 0"),
         ({"lambda_ses": -1}, "lambda_ses must be finite and at least 0, got -1"),
         ({"alpha": -0.5}, "alpha must be finite, at least 0, got -0.5"),
-        ({"every_k": 0}, "every_k must be at least 1, got 0"),
-        ({"hook_last_n": 0}, "hook_last_n must be at least 1, got 0"),
+        ({"every_k": 0}, "every_k must be an int of 1 or more, got 0"),
+        ({"every_k": None}, "every_k must be an int of 1 or more, got None"),
+        ({"hook_last_n": 0}, "hook_last_n must be an int of 1 or more, got 0"),
+        ({"hook_last_n": 1.5}, "hook_last_n must be an int of 1 or more, got 1.5"),
         ({"pool": "max"}, "pool must be one of .*'mean'.* got 'max'"),
     ],
 )

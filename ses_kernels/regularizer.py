@@ -91,8 +91,10 @@ class SESRegularizer:
         select: pooling.Selector = None,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        _require(hook_last_n is None or hook_last_n >= 1, "hook_last_n", "at least 1", hook_last_n)
-        _require(every_k >= 1, "every_k", "at least 1", every_k)
+        last = 1 if hook_last_n is None else hook_last_n
+        for option, count in (("every_k", every_k), ("hook_last_n", last)):
+            whole = isinstance(count, int) and count >= 1
+            _require(whole, option, "an int of 1 or more", count)
         _require(0 <= lambda_ses < math.inf, "lambda_ses", "finite and at least 0", lambda_ses)
         pools = ("mean", "none", "tokens", "cls")
         _require(callable(pool) or pool in pools, "pool", f"one of {pools} or a function", pool)
