@@ -191,12 +191,10 @@ class SESRegularizer:
         """Widths of the layers; a warning, once each, where so few samples cannot have the rank."""
         ranks = 1 if self._group is None else torch.distributed.get_world_size(self._group)
         for name, x in features:
-            if name in self._widths:
-                continue
             samples, width = ranks * x.shape[0], x.shape[1]
+            needed, first = width ** self._beta[name], name not in self._widths
             self._widths[name] = width
-            needed = width ** self._beta[name]
-            if min(samples - 1, width) < needed:
+            if first and min(samples - 1, width) < needed:
                 warnings.warn(
                     f"SESRegularizer: {name} cannot reach its target: {samples} samples bound the "
                     f"effective rank by {samples - 1}, and exp(beta log d) = {needed:.1f} at d = "
