@@ -289,35 +289,31 @@ class SESRegularizer:
         self.close()
 
 
-class _Begin:
-    """The forward pre-hook of the model."""
+class _Hook:
+    """Bound to a regulariser in the model itself; inert in its copies and pickles."""
 
-    def __init__(self, regularizer: SESRegularizer) -> None:
-        self.regularizer = regularizer
+    def __init__(self, regularizer: SESRegularizer, name: str = "") -> None:
+        self.regularizer, self.name = regularizer, name
+
+    def __reduce__(self):  # an average of weights is such a copy
+        return _Inert, ()
+
+
+class _Begin(_Hook):
+    """The forward pre-hook of the model."""
 
     def __call__(self, module: nn.Module, inputs) -> None:
         self.regularizer._begin()
 
-    def __reduce__(self):  # copies and pickles of the model, an average of weights say
-        return _Inert, ()
 
-
-class _Capture:
+class _Capture(_Hook):
     """The forward hook of a layer."""
-
-    def __init__(self, regularizer: SESRegularizer, name: str) -> None:
-        self.regularizer, self.name = regularizer, name
 
     def __call__(self, module: nn.Module, inputs, output) -> None:
         self.regularizer._capture(self.name, module, output)
 
-    def __reduce__(self):
-        return _Inert, ()
-
 
 class _Inert:
-    """What a hook becomes in a copy of the model, which the regulariser does not measure."""
-
     def __call__(self, *arguments) -> None:
         return None
 
