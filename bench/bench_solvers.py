@@ -57,7 +57,7 @@ def _ours_by_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 def calls(gram: Tensor) -> dict[str, Call]:
     """Every solver on float32 Gram matrices (b, n, n): H (b,) and M (b, n, n)."""
     # In the type in which spectral_entropy hands it to this solver.
-    wide = gram.double() if ops.float64_is_cheap(gram.device) else gram
+    wide = gram.to(ops.rational_gram_dtype(gram.device, gram.dtype))
     peers = eigh_peers(gram.device.type)
     return {
         "ours": partial(ops.rational, [wide], [False], gram.dtype, True, "auto"),

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 #include <initializer_list>
@@ -13,6 +14,7 @@
 #include "eigh.h"
 #include "gram_cpu.h"
 #include "rational_cpu.h"
+#include "rational_from_samples.h"
 
 #ifndef SES_CUDA_ARCHS
 #define SES_CUDA_ARCHS ""
@@ -215,6 +217,48 @@ void rational_cpu(const std::vector<LayerTuple>& layers, int m_itemsize, double 
     run(double());
 }
 
+// (x, matrix stride, row stride, batch, rows, columns, by samples, location or 0, scale, h, m or 0)
+// of one layer
+using SampleTuple = std::tuple<std::uintptr_t, long, long, long, long, long, bool, std::uintptr_t,
+                               std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+template <typename T>
+std::vector<ses::SampleLayer<T>> sample_layers(const std::vector<SampleTuple>& tuples) {
+  std::vector<ses::SampleLayer<T>> layers;
+  for (const auto& [x, matrix_stride, row_stride, batch, rows, columns, by_samples, location, scale,
+                    h, m] : tuples) {
+    check_not_null("scale and h", {scale, h});
+    const long n = by_samples ? rows : columns;
+    const auto of_x = samples<T>(x, matrix_stride, row_stride, batch, rows, columns);
+    check_sizes(x, scale, h, batch, static_cast<int>(std::min<long>(n, INT_MAX)), sizeof(T),
+                INT_MAX - 1, "the CPU");
+    layers.push_back({of_x,
+                      side_of(by_samples),
+                      pointer<T>(location),
+                      pointer<T>(scale),
+                      {nullptr, pointer<double>(h), pointer<T>(m), batch, static_cast<int>(n),
+                       by_samples && location != 0}});
+  }
+  return layers;
+}
+
+void rational_from_samples_cpu(const std::vector<SampleTuple>& layers, int itemsize, double c,
+                               const std::vector<double>& t, const std::vector<double>& w,
+                               int threads) {
+  check_itemsize(itemsize);
+  check_threads(threads);
+  const ses::Poles set = poles(c, t, w);
+  const auto run = [&](auto number) {
+    const auto checked = sample_layers<decltype(number)>(layers);
+    const py::gil_scoped_release release;
+    ses::rational_from_samples_cpu(checked.data(), static_cast<int>(checked.size()), set, threads);
+  };
+  if (itemsize == sizeof(float))
+    run(float());
+  else
+    run(double());
+}
+
 using CudaLayers = std::vector<ses::GramLayer<float, float>>;
 
 // Floats of workspace that rational_cuda needs.
@@ -289,6 +333,10 @@ PYBIND11_MODULE(_C, m) {
         "m (batch, n, n), x, location, scale, coefficient (batch,) -> out (batch, rows, columns).");
   m.def("rational_cpu", &rational_cpu,
         "[(gram, h, m or 0, batch, n, center)], float64 grams -> H (batch,) and M (batch, n, n).");
+  m.def(
+      "rational_from_samples_cpu", &rational_from_samples_cpu,
+      "[(x, matrix stride, row stride, batch, rows, columns, by samples, location or 0, scale, "
+      "h, m or 0)] -> location (batch, 2, columns) from the first rows, scale (batch,), H and M.");
   m.def("rational_cuda", &rational_cuda,
         "As rational_cpu for float32 in the memory of `device`, enqueued on `stream`.");
   m.def("rational_cuda_workspace", &rational_cuda_workspace, "Floats of workspace it needs.");

@@ -1,9 +1,11 @@
 // The CPU functions of bindings.cpp: pick the kernels for this machine, cut a call into tasks, and
 // share those among threads.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "eigh.h"
@@ -11,6 +13,7 @@
 #include "gram_cpu.h"
 #include "parallel.h"
 #include "rational_cpu.h"
+#include "rational_from_samples.h"
 
 namespace ses {
 namespace {
@@ -34,24 +37,36 @@ namespace avx2 = portable;
    : has_avx2() ? avx2::__VA_ARGS__()   \
                 : portable::__VA_ARGS__())
 
-// One aligned piece of memory for each worker.
+// One aligned piece of memory for each worker. What a call used is kept for the next one: fresh
+// pages would cost more than small matrices do.
 class Workspaces {
  public:
-  Workspaces(long bytes, int workers)
-      : bytes_((bytes + kPage - 1) / kPage * kPage),
-        memory_(static_cast<char*>(
-            std::aligned_alloc(kPage, static_cast<std::size_t>(bytes_ * workers)))) {
-    if (!memory_) throw std::bad_alloc();
+  Workspaces(long bytes, int workers) : bytes_((bytes + kPage - 1) / kPage * kPage) {
+    const long size = kPage + bytes_ * workers;
+    block_ = kept.exchange(nullptr);
+    if (block_ != nullptr && block_->size >= size) return;
+    std::free(block_);
+    void* memory = std::aligned_alloc(kPage, static_cast<std::size_t>(size));
+    if (!memory) throw std::bad_alloc();
+    block_ = new (memory) Block{size};
   }
-  void* operator[](int worker) const { return memory_.get() + worker * bytes_; }
+  ~Workspaces() { std::free(block_->size > kMostKept ? block_ : kept.exchange(block_)); }
+  Workspaces(const Workspaces&) = delete;
+  Workspaces& operator=(const Workspaces&) = delete;
+
+  void* operator[](int worker) const {
+    return reinterpret_cast<char*>(block_) + kPage + worker * bytes_;
+  }
 
  private:
-  static constexpr long kPage = 4096;
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
+  static constexpr long kPage = 4096, kMostKept = 32L << 20;
+  struct Block {
+    long size;
   };
+  static inline std::atomic<Block*> kept{nullptr};
+
   long bytes_;
-  std::unique_ptr<char, Free> memory_;
+  Block* block_;
 };
 
 int workers_for(double nanoseconds, int threads) {
@@ -147,34 +162,125 @@ void eigh_cpu(const T* a, T* w, T* v, long batch, int n, int threads) {
 template void eigh_cpu(const float*, float*, float*, long, int, int);
 template void eigh_cpu(const double*, double*, double*, long, int, int);
 
+namespace {
+
+constexpr int together(int n) { return n <= kMaxNLanes ? kLanes : 1; }
+
+// Matrices that the kernel takes together, of one layer.
+struct Solve {
+  int layer;
+  long first;
+  int count;
+};
+
+// The largest first, so that none of them is the last to be taken.
+template <typename M>
+std::vector<Solve> solves(const GramLayer<double, M>* layers, int count) {
+  std::vector<int> order(static_cast<std::size_t>(count));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int one, int other) { return layers[one].n > layers[other].n; });
+  std::vector<Solve> tasks;
+  for (const int i : order) {
+    const long step = together(layers[i].n);
+    for (long first = 0; first < layers[i].batch; first += step)
+      tasks.push_back({i, first, static_cast<int>(std::min(step, layers[i].batch - first))});
+  }
+  return tasks;
+}
+
+// Gram matrices from where grams(task, memory) puts those of a task, in grams.bytes(layer,
+// matrices) of memory or elsewhere.
+template <typename M, typename Grams>
+void solve(const GramLayer<double, M>* layers, int count, const std::vector<Solve>& tasks,
+           const Poles& poles, int threads, const Grams& grams) {
+  if (tasks.empty()) return;
+  const RationalKernel<M>& kernel = SES_KERNELS_HERE(rational_kernel<M>);
+  long for_grams = 0, for_kernel = 0;
+  double work = 0;
+  for (int i = 0; i < count; ++i) {
+    const double n = layers[i].n;
+    for_grams = std::max(for_grams, grams.bytes(i));
+    for_kernel = std::max(for_kernel, kernel.workspace_bytes(layers[i].n, poles.count));
+    // Measured: 50 picoseconds times n^3, and what does not grow so fast.
+    work += static_cast<double>(layers[i].batch) * ((0.05 * n + 2) * n * n + grams.nanoseconds(i));
+  }
+  const int workers = workers_for(work, threads);
+  const Workspaces workspaces(for_grams + for_kernel, workers);
+  parallel(workers, static_cast<long>(tasks.size()), [&](int worker, long i) {
+    const Solve& task = tasks[i];
+    char* memory = static_cast<char*>(workspaces[worker]);
+    GramLayer<double, M> part = layers[task.layer];
+    part.gram = grams(task, memory);
+    part.batch = task.count;
+    part.h += task.first;
+    if (part.m != nullptr) part.m += task.first * part.n * part.n;
+    kernel.run(part, poles, memory + for_grams);
+  });
+}
+
+// Of the Gram matrices of a task, a whole number of cache lines: what comes after is aligned too.
+long gram_bytes(long n) {
+  const long bytes = n * n * together(static_cast<int>(n)) * static_cast<long>(sizeof(double));
+  return (bytes + 63) / 64 * 64;
+}
+
+// As they were given.
+template <typename M>
+struct GivenGrams {
+  const GramLayer<double, M>* layers;
+
+  long bytes(int i) const { return layers[i].n <= kMaxNLanes ? gram_bytes(layers[i].n) : 0; }
+  double nanoseconds(int) const { return 0; }
+  const double* operator()(const Solve& task, void* memory) const {
+    const int n = layers[task.layer].n;
+    const double* given = layers[task.layer].gram + task.first * n * n;
+    if (n > kMaxNLanes) return given;
+    double* interleaved = static_cast<double*>(memory);
+    SES_KERNELS_HERE(rational_kernel<M>).interleave(given, task.count, n, interleaved);
+    return interleaved;
+  }
+};
+
+// Made by the worker that needs them, which then has them in its cache.
+template <typename T>
+struct MadeGrams {
+  const SampleLayer<T>* layers;
+  const GramKernels<T, T>& kernels;
+
+  long bytes(int i) const {
+    const int n = layers[i].result.n;
+    return gram_bytes(n) + (n <= kMaxNLanes ? kernels.gram_lanes_bytes(n) : kernels.gram_bytes(n));
+  }
+  double nanoseconds(int i) const {
+    const long n = layers[i].result.n;
+    return product_nanoseconds(n, layers[i].x.rows * layers[i].x.columns / n);
+  }
+  const double* operator()(const Solve& task, void* memory) const {
+    const SampleLayer<T>& layer = layers[task.layer];
+    const Samples<T>& x = layer.x;
+    const bool center = layer.location != nullptr;
+    for (long b = task.first; b < task.first + task.count; ++b)
+      layer.scale[b] = kernels.inverse_power_of_two(
+          kernels.locate(x, b, 0, x.columns, center ? x.x + b * x.matrix_stride : nullptr,
+                         center ? layer.location + 2 * b * x.columns : nullptr));
+    const Standard<T> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
+    const long n = layer.result.n;
+    double* grams = static_cast<double*>(memory);
+    void* workspace = static_cast<char*>(memory) + gram_bytes(n);
+    if (n <= kMaxNLanes)
+      kernels.gram_lanes(x, standard, layer.side, task.first, task.count, grams, workspace);
+    else
+      kernels.gram_double(x, standard, layer.side, task.first, 0, 1, grams, workspace);
+    return grams;
+  }
+};
+
+}  // namespace
+
 template <typename M>
 void rational_cpu(const GramLayer<double, M>* layers, int count, const Poles& poles, int threads) {
-  const RationalKernel<M>& kernel = SES_KERNELS_HERE(rational_kernel<M>);
-  struct Task {
-    const GramLayer<double, M>* layer;
-    long first;
-  };
-  std::vector<Task> tasks;
-  long bytes = 0;
-  double work = 0;
-  std::vector<const GramLayer<double, M>*> largest_first;
-  for (int i = 0; i < count; ++i) largest_first.push_back(layers + i);
-  std::stable_sort(largest_first.begin(), largest_first.end(),
-                   [](auto* one, auto* other) { return one->n > other->n; });
-  for (const auto* layer : largest_first) {
-    const double n = layer->n;
-    const int step = layer->n <= kMaxNLanes ? kernel.lanes : 1;
-    bytes = std::max(bytes, kernel.workspace_bytes(layer->n, poles.count));
-    // Measured: 50 picoseconds times n^3, and what does not grow so fast.
-    work += static_cast<double>(layer->batch) * (0.05 * n + 2) * n * n;
-    for (long first = 0; first < layer->batch; first += step) tasks.push_back({layer, first});
-  }
-  if (tasks.empty()) return;
-  const int workers = workers_for(work, threads);
-  const Workspaces workspaces(bytes, workers);
-  parallel(workers, static_cast<long>(tasks.size()), [&](int worker, long i) {
-    kernel.run(*tasks[i].layer, tasks[i].first, poles, workspaces[worker]);
-  });
+  solve(layers, count, solves(layers, count), poles, threads, GivenGrams<M>{layers});
 }
 
 template void rational_cpu(const GramLayer<double, float>*, int, const Poles&, int);
@@ -252,5 +358,39 @@ SES_INSTANTIATE(float, float)
 SES_INSTANTIATE(float, double)
 SES_INSTANTIATE(double, double)
 #undef SES_INSTANTIATE
+
+template <typename T>
+void rational_from_samples_cpu(const SampleLayer<T>* layers, int count, const Poles& poles,
+                               int threads) {
+  std::vector<GramLayer<double, T>> results;
+  long entries = 0;
+  for (int i = 0; i < count; ++i) {
+    results.push_back(layers[i].result);
+    entries += results[i].batch * results[i].n * results[i].n;
+  }
+  const std::vector<Solve> tasks = solves(results.data(), count);
+  if (threads == 1 || static_cast<int>(tasks.size()) >= 4 * threads) {
+    solve(results.data(), count, tasks, poles, threads,
+          MadeGrams<T>{layers, SES_KERNELS_HERE(gram_kernels<T, T>)});
+    return;
+  }
+  // Too few for each worker to have some: all make one Gram matrix after the other.
+  const std::unique_ptr<double[]> grams(new double[static_cast<std::size_t>(entries)]);
+  double* gram = grams.get();
+  for (int i = 0; i < count; ++i) {
+    const SampleLayer<T>& layer = layers[i];
+    const Samples<T>& x = layer.x;
+    location_scale_cpu(x, layer.location == nullptr ? nullptr : x.x, x.matrix_stride,
+                       layer.location, layer.scale, threads);
+    const Standard<T> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
+    gram_cpu(x, standard, layer.side, gram, threads);
+    results[i].gram = gram;
+    gram += results[i].batch * results[i].n * results[i].n;
+  }
+  solve(results.data(), count, tasks, poles, threads, GivenGrams<T>{results.data()});
+}
+
+template void rational_from_samples_cpu(const SampleLayer<float>*, int, const Poles&, int);
+template void rational_from_samples_cpu(const SampleLayer<double>*, int, const Poles&, int);
 
 }  // namespace ses

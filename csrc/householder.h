@@ -61,10 +61,11 @@ SES_INLINE P dot(const P* a, const P* b, int count) {
 }
 
 // Columns [column, column + kColumns) of the lower triangle of the leading block of size `size`:
-// a -= u q^T + q u^T for the pending reflector, then p += a next.
+// a -= u q^T + q u^T for the pending reflector, then p += a next. Both reflectors are zero from
+// `inside` on, which no column is beyond.
 template <int kColumns, bool kPending, typename P>
-SES_INLINE void update_and_multiply(P* z, long stride, int size, int column, const P* u, const P* q,
-                                    const P* next, P* p) {
+SES_INLINE void update_and_multiply(P* z, long stride, int size, int inside, int column, const P* u,
+                                    const P* q, const P* next, P* p) {
   P u_column[kColumns], q_column[kColumns], next_column[kColumns], sum[kColumns];
   for (int c = 0; c < kColumns; ++c) {
     if (kPending) u_column[c] = u[column + c];
@@ -72,8 +73,11 @@ SES_INLINE void update_and_multiply(P* z, long stride, int size, int column, con
     next_column[c] = next[column + c];
     sum[c] = P::broadcast(0);
   }
+  // A triangle that the compiler leaves rolled keeps its sums in memory.
+#pragma GCC unroll 4
   for (int r = 0; r < kColumns; ++r) {
     P* row = z + (column + r) * stride + column;
+#pragma GCC unroll 4
     for (int c = 0; c <= r; ++c) {
       P a = row[c];
       if (kPending) {
@@ -85,17 +89,30 @@ SES_INLINE void update_and_multiply(P* z, long stride, int size, int column, con
       if (c < r) sum[r] = fma(a, next_column[c], sum[r]);
     }
   }
-  for (int k = column + kColumns; k < size; ++k) {
+  // Read before the row is written: to the compiler, u, q and next might be in it.
+  for (int k = column + kColumns; k < inside; ++k) {
     P* row = z + k * stride + column;
+    const P next_row = next[k], u_row = kPending ? u[k] : next_row, q_row = kPending ? q[k] : u_row;
     P row_sum = p[k];
     for (int c = 0; c < kColumns; ++c) {
       P a = row[c];
       if (kPending) {
-        a = fnma(u[k], q_column[c], a);
-        a = fnma(q[k], u_column[c], a);
+        a = fnma(u_row, q_column[c], a);
+        a = fnma(q_row, u_column[c], a);
         row[c] = a;
       }
-      sum[c] = fma(a, next[k], sum[c]);
+      sum[c] = fma(a, next_row, sum[c]);
+      row_sum = fma(a, next_column[c], row_sum);
+    }
+    p[k] = row_sum;
+  }
+  for (int k = inside; k < size; ++k) {
+    P* row = z + k * stride + column;
+    const P q_row = kPending ? q[k] : next_column[0];
+    P row_sum = p[k];
+    for (int c = 0; c < kColumns; ++c) {
+      P a = row[c];
+      if (kPending) row[c] = a = fnma(q_row, u_column[c], a);
       row_sum = fma(a, next_column[c], row_sum);
     }
     p[k] = row_sum;
@@ -103,15 +120,16 @@ SES_INLINE void update_and_multiply(P* z, long stride, int size, int column, con
   for (int c = 0; c < kColumns; ++c) p[column + c] = p[column + c] + sum[c];
 }
 
+// The lower triangle's columns [0, columns), beyond which both reflectors are zero.
 template <bool kPending, typename P>
 static void update_and_multiply_all(P* z, long stride, int size, int columns, const P* u,
                                     const P* q, const P* next, P* p) {
   for (int k = 0; k < size; ++k) p[k] = P::broadcast(0);
   int column = 0;
   for (; column + 4 <= columns; column += 4)
-    update_and_multiply<4, kPending>(z, stride, size, column, u, q, next, p);
+    update_and_multiply<4, kPending>(z, stride, size, columns, column, u, q, next, p);
   for (; column < columns; ++column)
-    update_and_multiply<1, kPending>(z, stride, size, column, u, q, next, p);
+    update_and_multiply<1, kPending>(z, stride, size, columns, column, u, q, next, p);
 }
 
 // Leaves d and e of the tridiagonal, and in row i of z the reflector u of step i.

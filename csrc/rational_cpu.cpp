@@ -20,33 +20,32 @@ namespace SES_ISA {
 
 namespace {
 
-using P = Pack<double, kRegisterBytes, 64 / kRegisterBytes>;  // eight lanes, whatever it takes
+using P = Pack<double, kRegisterBytes, 64 / kRegisterBytes>;
+static_assert(P::kLanes == kLanes, "registers as many as it takes");
 
 long workspace_bytes(int n, int poles) {
   return n <= kMaxNLanes ? LaneWorkspace<P>::bytes(n) : PanelWorkspace<P>::bytes(n, poles);
 }
 
+void interleave_grams(const double* grams, int count, int n, double* out) {
+  interleave(grams, count, n, reinterpret_cast<P*>(out));
+}
+
 template <typename M>
-void run(const GramLayer<double, M>& layer, long first, const Poles& poles, void* workspace) {
+void run(const GramLayer<double, M>& layer, const Poles& poles, void* workspace) {
   const PaddedPoles<double> padded(poles);
-  const long size = static_cast<long>(layer.n) * layer.n;
-  const double* gram = layer.gram + first * size;
-  double* h = layer.h + first;
-  M* m = layer.m == nullptr ? nullptr : layer.m + first * size;
-  if (layer.n > kMaxNLanes) {
-    rational<P>(gram, h, m, layer.n, layer.center, padded, workspace);
-  } else {
-    const long left = layer.batch - first;
-    const int count = left < P::kLanes ? static_cast<int>(left) : P::kLanes;
-    rational<P>(gram, h, m, count, layer.n, layer.center, padded, workspace);
-  }
+  if (layer.n <= kMaxNLanes)
+    rational(reinterpret_cast<const P*>(layer.gram), layer.h, layer.m,
+             static_cast<int>(layer.batch), layer.n, layer.center, padded, workspace);
+  else
+    rational<P>(layer.gram, layer.h, layer.m, layer.n, layer.center, padded, workspace);
 }
 
 }  // namespace
 
 template <typename M>
 const RationalKernel<M>& rational_kernel() {
-  static constexpr RationalKernel<M> kernel = {P::kLanes, workspace_bytes, run<M>};
+  static constexpr RationalKernel<M> kernel = {interleave_grams, workspace_bytes, run<M>};
   return kernel;
 }
 template const RationalKernel<float>& rational_kernel<float>();

@@ -98,8 +98,7 @@ static void reflect(const LaneWorkspace<P>& work, int n) {
   const P* u = nullptr;
   P* p = work.tridiagonal.p;
   for (int i = 2; i <= n; ++i) {
-    if (i < n)
-      for (int k = i; k < n; ++k) work.tridiagonal.row(i)[k] = zero;
+    if (i < n) work.tridiagonal.row(i)[i] = zero;  // where u is read once more, in the next pass
     const P* next = i < n ? work.tridiagonal.row(i) : u;
     P* product = work.tridiagonal.p + (i % 2) * n;
     if (u == nullptr)
@@ -116,15 +115,24 @@ static void reflect(const LaneWorkspace<P>& work, int n) {
   }
 }
 
-// Eight columns of eight matrices at a time, rows of `size` numbers apart: a pack for each column.
+// The lower triangles of up to eight matrices [count, n, n], side by side: [n, n] packs.
 template <typename P>
-SES_INLINE void gather(const typename P::Scalar* first, long size, int lanes, long columns,
-                       P* column) {
-  P row[kPanel];
-  for (int lane = 0; lane < kPanel; ++lane)
-    row[lane] = load<P>(first + (lane < lanes ? lane * size : 0), columns);
-  Square<P>::transpose(row, column);
+static void interleave(const typename P::Scalar* grams, int count, int n, P* out) {
+  const long size = static_cast<long>(n) * n;
+  P row[kPanel], column[kPanel];
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j <= i; j += kPanel) {
+      const typename P::Scalar* from = grams + static_cast<long>(i) * n + j;
+      for (int lane = 0; lane < kPanel; ++lane)
+        row[lane] = load<P>(from + (lane < count ? lane * size : 0), n - j);
+      Square<P>::transpose(row, column);
+      for (int k = 0; k < kPanel && j + k < n; ++k)
+        out[static_cast<long>(i) * n + j + k] = column[k];
+    }
+  }
 }
+
+// Eight columns of eight matrices, rows of `size` numbers apart.
 template <typename P, typename M>
 SES_INLINE void scatter(const P* column, M* first, long size, int lanes, long columns) {
   P row[kPanel];
@@ -159,30 +167,24 @@ static void double_center(const LaneWorkspace<P>& work, int n) {
       work.f[i * stride + j] = work.f[i * stride + j] - mean[i] - mean[j];
 }
 
-// Up to eight matrices.
+// Up to eight matrices, interleaved.
 template <typename P, typename M>
-static void rational(const typename P::Scalar* gram, typename P::Scalar* h, M* m, int count, int n,
-                     bool center, const PaddedPoles<typename P::Scalar>& poles, void* memory) {
+static void rational(const P* grams, typename P::Scalar* h, M* m, int count, int n, bool center,
+                     const PaddedPoles<typename P::Scalar>& poles, void* memory) {
   using T = typename P::Scalar;
-  static_assert(P::kLanes == kPanel, "gather and scatter transpose squares");
   const LaneWorkspace<P> work(memory, n);
+  static_assert(P::kLanes == kPanel, "interleave and scatter transpose squares");
   const Workspace<P>& tridiagonal = work.tridiagonal;
   const long size = static_cast<long>(n) * n, stride = tridiagonal.stride;
   const P zero = P::broadcast(0);
   P column[kPanel], trace = zero;
-  for (int i = 0; i < n; ++i) {
-    P* row = tridiagonal.row(i);
-    for (int j = 0; j <= i; j += kPanel) {
-      gather(gram + static_cast<long>(i) * n + j, size, count, n - j, column);
-      for (int k = 0; k < kPanel && j + k < n; ++k) row[j + k] = column[k];
-    }
-    trace = trace + row[i];
-  }
+  for (int i = 0; i < n; ++i) trace = trace + grams[static_cast<long>(i) * n + i];
   const auto valid = both<P>(zero < trace, trace < P::broadcast(ScalarTraits<T>::kInf));
   const P scale = select(valid, P::broadcast(1) / trace, zero);
   for (int i = 0; i < n; ++i) {
     P* row = tridiagonal.row(i);
-    for (int j = 0; j <= i; ++j) row[j] = select(valid, row[j] * scale, zero);
+    const P* from = grams + static_cast<long>(i) * n;
+    for (int j = 0; j <= i; ++j) row[j] = select(valid, from[j] * scale, zero);
   }
   tridiagonalise(tridiagonal, n);
 

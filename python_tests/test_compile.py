@@ -8,7 +8,14 @@ import torch
 import ses_kernels
 from ses_kernels import ops
 
-OPERATIONS = ["location_scale", "gram", "gram_backward", "rational", "eigh"]
+OPERATIONS = [
+    "location_scale",
+    "gram",
+    "gram_backward",
+    "rational",
+    "rational_from_samples",
+    "eigh",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +89,7 @@ def arguments(name, side, center, dtype):
             True,
             "auto",
         ),
+        "rational_from_samples": ([x, x[:1, :3, :2]], center, True, "auto"),
         "eigh": (gram, "auto"),
     }[name]
 

@@ -246,6 +246,37 @@ def test_rational_of_an_indefinite_matrix_is_nan(n):
         assert m[::2].isfinite().all()
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_rational_from_samples_is_its_three_steps(dtype, center):
+    """Of few and of many matrices, of rows with gaps between them: the same bits."""
+    shapes = [(1, 1, 1), (3, 5, 7), (1, 300, 33), (21, 8, 16), (9, 40, 40), (1, 2, 2)]
+    compute = torch.promote_types(dtype, torch.float32)
+    xs = [inputs(shape, dtype) for shape in shapes]
+    for backend in backends(xs[1]):
+        for some in (xs, xs[:1], xs[2:3], xs[3:5]):
+            sides = ["samples" if x.shape[1] <= x.shape[2] else "features" for x in some]
+            located = [
+                ops.location_scale(x, x[:, :1] if center else x[:, :0], compute, backend)
+                for x in some
+            ]
+            grams = [
+                ops.gram(x, *at, side, torch.float64, backend)
+                for x, at, side in zip(some, located, sides, strict=True)
+            ]
+            centered = [center and side == "samples" for side in sides]
+            for gradient in (True, False):
+                solved = ops.rational(grams, centered, compute, gradient, backend)
+                expected = [*solved, *(at[0] for at in located), *(at[1] for at in located)]
+                found = ops.rational_from_samples(some, center, gradient, backend)
+                assert len(found) == 4 * len(some)
+                for got, step in zip(found, expected, strict=True):
+                    assert got.dtype == step.dtype
+                    assert torch.equal(got, step)
+
+
 def test_power_of_two():
     values = torch.tensor([0.0, 0.3, 0.5, 1.0, 3.0, 1e-44, 3e38])
     scaled = values * ops.power_of_two(values)

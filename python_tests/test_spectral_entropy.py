@@ -238,19 +238,21 @@ def test_many_layers_at_once(options):
         torch.testing.assert_close(grads[i].double(), weights[i].double() * g, rtol=2e-2, atol=1e-4)
 
 
-def test_one_call_of_the_rational_solver_for_all_layers(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_call_of_the_rational_solver_for_all_layers(monkeypatch, dtype):
+    """Of the extension from samples on where it reads them, of the solver otherwise."""
     calls = []
-    rational = ops.rational
-    monkeypatch.setattr(
-        ops,
-        "rational",
-        lambda grams, *a: calls.append([g.shape for g in grams]) or rational(grams, *a),
-    )
+    solve = "rational_from_samples_cpu" if dtype == torch.float32 else "rational_cpu"
+    if ops.EXTENSION_MISSING is None:
+        call = getattr(ops._C, solve)
+        monkeypatch.setattr(
+            ops._C, solve, lambda layers, *a: calls.append(layers) or call(layers, *a)
+        )
     hs = ses_kernels.spectral_entropies(
-        [torch.randn(16, d) for d in (16, 20, 99, 5)], solver="rational"
+        [torch.randn(16, d).to(dtype) for d in (16, 20, 99, 5)], solver="rational"
     )
-    assert calls == [[(1, 16, 16)] * 3 + [(1, 5, 5)]]
     assert hs.shape == (4,)
+    assert ops.EXTENSION_MISSING or [len(layers) for layers in calls] == [4]
 
 
 def test_one_call_of_an_eigensolver_for_layers_of_equal_side(monkeypatch):

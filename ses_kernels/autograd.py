@@ -1,4 +1,4 @@
-"""SpectralEntropyFunction: Gram matrix -> solver -> entropy, and its closed-form derivatives.
+"""SpectralEntropyFunction: samples -> entropy by a solver, and its closed-form derivatives.
 
 With K the n x n Gram matrix of the centred x on its smaller side and M = dH/dK:
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
-from ses_kernels import distributed, entropy, ops, solvers
+from ses_kernels import entropy, ops, solvers
 
 
 class Options(NamedTuple):
@@ -69,11 +69,9 @@ class SpectralEntropyFunction(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def forward(options, *xs):  # L x (b, B, d)
-        layers = [_layer(x, options) for x in xs]
-        entropies, ms = zip(*solvers.solve(layers, options), strict=True)
-        entropies = [h.to(_result_dtype(x)) for h, x in zip(entropies, xs, strict=True)]
-        locations, scales = [y.location for y in layers], [y.scale for y in layers]
-        return (*entropies, *ms, *locations, *scales)
+        hs, ms, locations, scales = zip(*solvers.solve(xs, options), strict=True)
+        hs = [h.to(_result_dtype(x)) for h, x in zip(hs, xs, strict=True)]
+        return (*hs, *ms, *locations, *scales)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -81,6 +79,7 @@ class SpectralEntropyFunction(torch.autograd.Function):
         layers = len(xs)
         saved = output[layers:]
         ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # or there would be zeros for M in every backward
         ctx.options = options
         ctx.save_for_backward(*xs, *saved)
         ctx.save_for_forward(*xs, *saved)
@@ -93,7 +92,7 @@ class SpectralEntropyFunction(torch.autograd.Function):
         gradient = SpectralEntropyBackward.apply if torch.is_grad_enabled() else _gradient
         return None, *(
             gradient(ctx.options, grads[i], *saved[i::layers])
-            if ctx.needs_input_grad[1 + i]
+            if ctx.needs_input_grad[1 + i] and grads[i] is not None
             else None
             for i in range(layers)
         )
@@ -183,59 +182,22 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _side(x: Tensor, options: Options) -> str:
-    """Samples are gathered where they are the smaller side, so a shard has the other one."""
-    return "features" if options.group is not None or x.shape[1] > x.shape[2] else "samples"
-
-
-def _locate(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Location (b, 2, d): first row and mean offset from it, (b, 0, d) if uncentred; scale (b,)."""
-    double = x.dtype == torch.float64 or solvers.small_values_matter(options.power, options.order)
-    dtype = torch.float64 if double else torch.float32
-    anchor = x[:, :1] if options.center else x[:, :0]
-    if options.group is not None:
-        return distributed.location_scale(x, anchor, dtype, options.backend, options.group)
-    return ops.location_scale(x, anchor, dtype, options.backend)
-
-
-def _gram(x: Tensor, location: Tensor, scale: Tensor, options: Options) -> Tensor:  # -> (b, n, n)
-    side = _side(x, options)
-    n = x.shape[1] if side == "samples" else x.shape[2]
-    dtype = solvers.gram_dtype(x, scale.dtype, n, options)
-    gram = ops.gram(x, location, scale, side, dtype, options.backend)
-    if options.group is not None:
-        torch.distributed.all_reduce(gram, group=options.group)
-    return gram
-
-
-def _layer(x: Tensor, options: Options) -> solvers.Layer:
-    """What the solvers need.
-
-    On the samples' side 1 is in the null space of K: M there is the log of rounding, and J M J,
-    J = I - 11^T / n, is what the gradient needs.
-    """
-    location, scale = _locate(x, options)
-    side = _side(x, options)
-    gram = None if solvers.needs_svd(x, options) else _gram(x, location, scale, options)
-    return solvers.Layer(x, location, scale, side, gram, options.center and side == "samples")
-
-
 @_without_autocast
 def _gradient(options, g, x, m, location, scale) -> Tensor:  # -> (b, B, d) in x's dtype
     # dH/dx = 2 s M Xs (samples), 2 s Xs M (features)
     coefficient = 2 * scale * g.to(scale.dtype)
-    side = _side(x, options)
+    side = solvers.side(x, options)
     return ops.gram_backward(m, x, location, scale, coefficient, side, options.backend)
 
 
 @_without_autocast
 def _hessian_product(options, v, x, m, location, scale) -> Tensor:  # v (b, B, d) -> (b, B, d)
     """(d2H/dx2) v, the derivative of dH/dx = 2 M(K) Xc along v: 2 DM[dK] Xc + 2 M dXc."""
-    side = _side(x, options)
+    side = solvers.side(x, options)
     if solvers.needs_svd(x, options):
         w, q, noise = solvers.singular_spectrum(x, location, scale, side)
     else:
-        w, q, noise = solvers.spectrum(_gram(x, location, scale, options), options)
+        w, q, noise = solvers.spectrum(solvers.gram(x, location, scale, options), options)
     scale = scale.to(q.dtype)
     xs = ops.standardize(x, location.to(q.dtype), scale)
     vs = v.to(q.dtype) * scale[:, None, None]

@@ -62,10 +62,13 @@ class LowRankFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or there would be zeros for all that is saved
         ctx.save_for_backward(inputs[0], *output[2:])
 
     @staticmethod
     def backward(ctx, g, *_):
+        if g is None:
+            return None, None, None, None
         return LowRankBackward.apply(g, *ctx.saved_tensors), None, None, None
 
     @staticmethod

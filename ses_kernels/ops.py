@@ -5,6 +5,8 @@
     gram_backward   the product of a symmetric n x n matrix with the standardised x
     rational        H and M = dH/dK of Gram matrices, by partial fractions of the logarithm; with
                     ``center``, J M J, J = I - 11^T / n
+    rational_from_samples
+                    location_scale, gram and rational of many x in one call, where that is faster
     eigh            eigenvalues and eigenvectors of a batch of symmetric matrices
 
 x is (b, B, d). Standardised: Xs = ((x - first row) - mean offset) * scale, in the compute dtype
@@ -70,8 +72,16 @@ def eigh_limit(device_type: str, index: int | None, itemsize: int) -> int:
     return _C.max_n_cuda(index, itemsize) if device_type == "cuda" else 0
 
 
-def float64_is_cheap(device: torch.device) -> bool:
-    return device.type == "cpu"
+def rational_gram_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """The rational solver takes float64 Gram matrices where float64 costs as little as on a CPU.
+
+    Rounding in a float32 Gram matrix is what limits the gradient on steep spectra, not the solver.
+    """
+    return torch.float64 if device.type == "cpu" else compute
+
+
+def smaller_side(x: Tensor) -> str:
+    return "samples" if x.shape[1] <= x.shape[2] else "features"
 
 
 def _gram_missing(x: Tensor, compute: torch.dtype) -> str | None:
@@ -200,6 +210,23 @@ def _rational_torch(grams, center, dtype, gradient, backend):
     return hs + (ms if gradient else [m.new_empty(m.shape[0], 0, 0) for m in ms])
 
 
+def _rational_from_samples_in_steps(xs, center, gradient, backend):
+    compute = _compute_dtype(xs)
+    sides = [smaller_side(x) for x in xs]
+    located = [location_scale(x, x[:, :1] if center else x[:, :0], compute, backend) for x in xs]
+    dtype = rational_gram_dtype(xs[0].device, compute)
+    grams = [
+        gram(x, *at, side, dtype, backend) for x, at, side in zip(xs, located, sides, strict=True)
+    ]
+    centered = [center and side == "samples" for side in sides]
+    results = rational(grams, centered, compute, gradient, backend)
+    return results + [location for location, _ in located] + [scale for _, scale in located]
+
+
+def _compute_dtype(xs) -> torch.dtype:
+    return torch.float64 if xs[0].dtype == torch.float64 else torch.float32
+
+
 def _eigh_torch(a, backend):
     a, bad = _without_nan(a)
     w, v = torch.linalg.eigh(a)
@@ -294,6 +321,33 @@ def _rational_cpu(grams, center, dtype, gradient, backend):
     _C.rational_cpu(
         _layers(grams, center, outputs), dtype.itemsize,
         *partial_fractions.columns(grams[0].dtype, dtype), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _rational_from_samples_missing(xs: list[Tensor]) -> str | None:
+    for x in xs:
+        if missing := _samples_missing(x):
+            return missing
+    return None
+
+
+def _rational_from_samples_cpu(xs, center, gradient, backend):
+    if not _fused(backend, _rational_from_samples_missing(xs)):
+        return _rational_from_samples_in_steps(xs, center, gradient, backend)
+    outputs = _rational_from_samples_fake(xs, center, gradient, backend)
+    layers = [
+        (
+            x.data_ptr(), *x.stride()[:2], *x.shape, smaller_side(x) == "samples",
+            location.data_ptr() if center else 0, scale.data_ptr(), h.data_ptr(), m.data_ptr(),
+        )
+        for i, x in enumerate(xs)
+        for h, m, location, scale in [outputs[i :: len(xs)]]
+    ]  # fmt: skip
+    compute = _compute_dtype(xs)
+    _C.rational_from_samples_cpu(
+        layers, compute.itemsize,
+        *partial_fractions.columns(torch.float64, compute), torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
@@ -427,6 +481,19 @@ def _rational_fake(grams, center, dtype, gradient, backend):
     ]
 
 
+def _rational_from_samples_fake(xs, center, gradient, backend):
+    compute = _compute_dtype(xs)
+    hs, ms, locations, scales = [], [], [], []
+    for x in xs:
+        b, rows, columns = x.shape
+        n = (rows if smaller_side(x) == "samples" else columns) if gradient else 0
+        hs.append(x.new_empty(b, dtype=rational_gram_dtype(x.device, compute)))
+        ms.append(x.new_empty(b, n, n, dtype=compute))
+        locations.append(x.new_empty(b, 2 if center else 0, columns, dtype=compute))
+        scales.append(x.new_empty(b, dtype=compute))
+    return hs + ms + locations + scales
+
+
 def _eigh_fake(a, backend):
     w, v = _eigh_outputs(a)
     return w, v.mT
@@ -466,6 +533,13 @@ _register(
     CUDA=_rational_cuda,
 )
 _register(
+    "rational_from_samples",
+    "(Tensor[] xs, bool center, bool gradient, str backend) -> Tensor[]",
+    fake=_rational_from_samples_fake,
+    default=_rational_from_samples_in_steps,
+    CPU=_rational_from_samples_cpu,
+)
+_register(
     "eigh",
     "(Tensor a, str backend) -> (Tensor, Tensor)",
     fake=_eigh_fake,
@@ -478,6 +552,7 @@ location_scale = torch.ops.ses_kernels.location_scale.default
 gram = torch.ops.ses_kernels.gram.default
 gram_backward = torch.ops.ses_kernels.gram_backward.default
 rational = torch.ops.ses_kernels.rational.default
+rational_from_samples = torch.ops.ses_kernels.rational_from_samples.default
 eigh = torch.ops.ses_kernels.eigh.default
 
 

@@ -1,4 +1,4 @@
-"""From Gram matrices K to the entropy H and M = dH/dK, by one of three solvers."""
+"""From samples x to the entropy H and M = dH/dK, K their Gram matrix, by one of four solvers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ses_kernels import crossover, entropy, ops
+from ses_kernels import crossover, distributed, entropy, ops
+
+# ---- which solver, and in which precision ---------------------------------------------------
 
 
 def small_values_matter(power: float, order: float) -> bool:
@@ -32,97 +34,139 @@ def choose(x: Tensor, n: int, backend: str) -> str:
     return "rational" if wins else "eigh"
 
 
-def solver_for(x: Tensor, n: int, options) -> str:
+def solver_for(x: Tensor, options) -> str:
     """The name of the solver, the closed form of the collision entropy among them."""
     if options.power == 2 and options.order == 2:
         return "collision"
+    if needs_svd(x, options):
+        return "svd"
     if options.solver == "auto" and options.power == 2 and options.order == 1:
-        return choose(x, n, options.backend)
+        return choose(x, size(x, options), options.backend)
     return "rational" if options.solver == "rational" else "eigh"
 
 
-def gram_dtype(x: Tensor, compute: torch.dtype, n: int, options) -> torch.dtype:
-    """The rational solver takes float64 Gram matrices where float64 costs as little as on a CPU.
+def compute_dtype(x: Tensor, options) -> torch.dtype:
+    """That of location, scale and M."""
+    double = x.dtype == torch.float64 or small_values_matter(options.power, options.order)
+    return torch.float64 if double else torch.float32
 
-    Rounding in a float32 Gram matrix is what limits the gradient on steep spectra, not the solver.
+
+# ---- the Gram matrix ------------------------------------------------------------------------
+
+
+def side(x: Tensor, options) -> str:
+    """Samples are gathered where they are the smaller side, so a shard has the other one."""
+    return "features" if options.group is not None else ops.smaller_side(x)
+
+
+def size(x: Tensor, options) -> int:
+    return x.shape[1] if side(x, options) == "samples" else x.shape[2]
+
+
+def locate(x: Tensor, options) -> tuple[Tensor, Tensor]:
+    """Location (b, 2, d): first row and mean offset from it, (b, 0, d) if uncentred; scale (b,)."""
+    anchor = x[:, :1] if options.center else x[:, :0]
+    dtype = compute_dtype(x, options)
+    if options.group is not None:
+        return distributed.location_scale(x, anchor, dtype, options.backend, options.group)
+    return ops.location_scale(x, anchor, dtype, options.backend)
+
+
+def gram(x: Tensor, location: Tensor, scale: Tensor, options) -> Tensor:  # -> (b, n, n)
+    rational = solver_for(x, options) == "rational"
+    dtype = ops.rational_gram_dtype(x.device, scale.dtype) if rational else scale.dtype
+    k = ops.gram(x, location, scale, side(x, options), dtype, options.backend)
+    if options.group is not None:
+        torch.distributed.all_reduce(k, group=options.group)
+    return k
+
+
+def _centers(x: Tensor, options) -> bool:
+    """Whether J M J, J = I - 11^T / n, is wanted for M.
+
+    On the samples' side 1 is in the null space of K: M there is the log of rounding.
     """
-    double = solver_for(x, n, options) == "rational" and ops.float64_is_cheap(x.device)
-    return torch.float64 if double else compute
+    return options.center and side(x, options) == "samples"
 
 
-class Layer(NamedTuple):
-    """One tensor of samples with its Gram matrices (b, n, n), or without them for an SVD."""
+# ---- the solvers ----------------------------------------------------------------------------
 
-    x: Tensor  # (b, B, d)
+
+class Solved(NamedTuple):
+    """Of one tensor of samples (b, B, d)."""
+
+    h: Tensor  # (b,)
+    m: Tensor  # (b, n, n), n = size(x); (b, 0, 0) where no gradient is wanted
     location: Tensor
-    scale: Tensor  # (b,); its dtype is that of M
-    side: str
-    gram: Tensor | None
-    center: bool  # J M J instead of M, J = I - 11^T / n
+    scale: Tensor
 
 
-def solve(layers: list[Layer], options) -> list[tuple[Tensor, Tensor]]:
-    """(H (b,), M (b, n, n)) of each layer.
-
-    One call of the rational solver for all layers, one of an eigensolver for each n.
-    """
-    solved: list = [None] * len(layers)
+def solve(xs: list[Tensor], options) -> list[Solved]:
+    """One call of the rational solver for all tensors, one of an eigensolver for each n."""
+    solved: list = [None] * len(xs)
     calls: list[tuple[tuple, list[int]]] = []
-    for i, layer in enumerate(layers):
-        if layer.gram is None:
-            solved[i] = _solve_svd(layer, options)
-            continue
-        solver = solver_for(layer.x, layer.gram.shape[-1], options)
-        size = 0 if solver == "rational" else layer.gram.shape[-1]
-        key = solver, size, layer.gram.dtype, layer.scale.dtype
+    for i, x in enumerate(xs):
+        solver = solver_for(x, options)
+        n = 0 if solver in ("rational", "svd") else size(x, options)
+        key = solver, n, compute_dtype(x, options)
         for other, members in calls:  # a search, not a dict: n may be symbolic under torch.compile
             if other == key:
                 members.append(i)
                 break
         else:
             calls.append((key, [i]))
+    by_name = {"rational": _solve_rational, "svd": _solve_svd}
     for (solver, *_), members in calls:
-        chosen = [layers[i] for i in members]
-        solve_all = _solve_rational if solver == "rational" else _solve_stacked
-        for i, result in zip(members, solve_all(chosen, options), strict=True):
+        results = by_name.get(solver, _solve_stacked)([xs[i] for i in members], options)
+        for i, result in zip(members, results, strict=True):
             solved[i] = result
     return solved
 
 
-def _solve_rational(layers, options):
-    results = ops.rational(
-        [layer.gram for layer in layers],
-        [layer.center for layer in layers],
-        layers[0].scale.dtype,
-        options.gradient,
-        options.backend,
-    )
-    return zip(results[: len(layers)], results[len(layers) :], strict=True)
+def _solve_rational(xs, options):
+    if options.group is None:
+        results = ops.rational_from_samples(xs, options.center, options.gradient, options.backend)
+    else:  # the Gram matrix crosses between the ranks
+        located = [locate(x, options) for x in xs]
+        grams = [gram(x, *at, options) for x, at in zip(xs, located, strict=True)]
+        center = [_centers(x, options) for x in xs]
+        dtype = located[0][1].dtype
+        results = ops.rational(grams, center, dtype, options.gradient, options.backend)
+        results += [location for location, _ in located] + [scale for _, scale in located]
+    return [Solved(*results[i :: len(xs)]) for i in range(len(xs))]
 
 
-def _solve_stacked(layers, options):
-    grams = [layer.gram for layer in layers]
+def _solve_stacked(xs, options):
+    located = [locate(x, options) for x in xs]
+    grams = [gram(x, *at, options) for x, at in zip(xs, located, strict=True)]
     stacked = grams[0] if len(grams) == 1 else torch.cat(grams)
     if options.power == 2 and options.order == 2:
         h, m = _collision(stacked)
     else:
         h, m = from_spectrum(*spectrum(stacked, options), options.power, options.order)
-    sizes = [gram.shape[0] for gram in grams]
     if len(grams) == 1:
         parts = [(h, m)]
     else:  # unsafe: these become outputs, so no views
+        sizes = [k.shape[0] for k in grams]
         parts = zip(*(torch.unsafe_split_with_sizes(t, sizes) for t in (h, m)), strict=True)
-    return [_centered(h, m, layer, options) for layer, (h, m) in zip(layers, parts, strict=True)]
+    return [
+        Solved(h, _centered(m, x, options), *at)
+        for x, at, (h, m) in zip(xs, located, parts, strict=True)
+    ]
 
 
-def _solve_svd(layer, options):
-    x, location, scale, side, _, _ = layer
-    spectrum = singular_spectrum(x, location, scale, side, options.gradient)
-    return _centered(*from_spectrum(*spectrum, options.power, options.order), layer, options)
+def _solve_svd(xs, options):
+    solved = []
+    for x in xs:
+        at = locate(x, options)
+        spectrum = singular_spectrum(x, *at, side(x, options), options.gradient)
+        h, m = from_spectrum(*spectrum, options.power, options.order)
+        solved.append(Solved(h, _centered(m, x, options), *at))
+    return solved
 
 
-def _centered(h, m, layer, options):
-    return h, ops.double_center(m) if layer.center and options.gradient else m
+def _centered(m: Tensor, x: Tensor, options) -> Tensor:
+    return ops.double_center(m) if options.gradient and _centers(x, options) else m
 
 
 def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor, float]:

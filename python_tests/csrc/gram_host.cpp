@@ -143,6 +143,29 @@ struct Workspace {
   }
 };
 
+// Eight small matrices at once have the bits of one after the other.
+template <typename X, typename L>
+void check_lanes(const ses::GramKernels<X, L>& kernels, const Inputs<X, L>& in,
+                 Outputs<X, L>& out) {
+  const Shape& s = in.shape;
+  const long n = s.n();
+  const Workspace sums(kernels.gram_lanes_bytes(n));
+  const Workspace grams(n * n * ses::kLanes * static_cast<long>(sizeof(double)));
+  for (long first = 0; first < s.batch; first += ses::kLanes) {
+    const long count = std::min<long>(ses::kLanes, s.batch - first);
+    double* k = static_cast<double*>(grams.poisoned());
+    kernels.gram_lanes(in.samples(), out.standard(s), s.side, first, static_cast<int>(count), k,
+                       sums.poisoned());
+    for (long b = 0; b < count; ++b)
+      for (long i = 0; i < n; ++i)
+        for (long j = 0; j <= i; ++j) {
+          const double got = k[(i * n + j) * ses::kLanes + b];
+          const double alone = out.wide[((first + b) * n + i) * n + j];
+          if (got != alone) fail("gram of eight", s, got - alone);
+        }
+  }
+}
+
 template <typename X, typename L>
 Outputs<X, L> by_kernels(const ses::GramKernels<X, L>& kernels, const Inputs<X, L>& in, int parts) {
   Outputs<X, L> out(in);
@@ -164,6 +187,7 @@ Outputs<X, L> by_kernels(const ses::GramKernels<X, L>& kernels, const Inputs<X, 
                        parts, &out.gradient[b * s.rows * s.columns], products.poisoned());
     }
   }
+  if (n <= 65) check_lanes(kernels, in, out);
   return out;
 }
 

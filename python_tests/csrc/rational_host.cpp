@@ -1,5 +1,6 @@
 // rational_cpu against an eigendecomposition: every matrix has the same bits in any batch and layer
-// and on any number of threads; AVX2 and AVX-512 agree in every bit.
+// and on any number of threads; AVX2 and AVX-512 agree in every bit. rational_from_samples_cpu
+// against the three calls that it stands for.
 //
 //   rational_host 4|8 c t_1 .. t_m w_1 .. w_m     the bytes of a number of M, and the poles for it
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include "eigh.h"
 #include "families.h"
 #include "rational_cpu.h"
+#include "rational_from_samples.h"
 
 namespace {
 
@@ -208,19 +210,36 @@ void solve(Layer<M>& layer, const ses::Poles& poles, int threads, bool with_m = 
   ses::rational_cpu(&pointers, 1, poles, threads);
 }
 
+// Of exactly its size, and NaN where anything reads what it did not write.
+struct Poisoned {
+  void* memory = nullptr;
+  explicit Poisoned(long bytes) {
+    if (posix_memalign(&memory, 64, static_cast<std::size_t>(bytes)) != 0) std::abort();
+    std::memset(memory, 0xff, static_cast<std::size_t>(bytes));
+  }
+  ~Poisoned() { std::free(memory); }
+  Poisoned(const Poisoned&) = delete;
+};
+
 template <typename M>
 Layer<M> by_kernel(const ses::RationalKernel<M>& kernel, const Layer<M>& in,
                    const ses::Poles& poles) {
   Layer<M> layer = in.unsolved();
-  const auto pointers = layer.pointers();
-  const auto bytes = static_cast<std::size_t>(kernel.workspace_bytes(layer.n, poles.count));
-  for (long first = 0; first < layer.batch;
-       first += layer.n <= ses::kMaxNLanes ? kernel.lanes : 1) {
-    void* workspace;  // of exactly its size, and NaN where anything reads what it did not write
-    if (posix_memalign(&workspace, 64, bytes) != 0) std::abort();
-    std::memset(workspace, 0xff, bytes);
-    kernel.run(pointers, first, poles, workspace);
-    std::free(workspace);
+  const long n = layer.n, step = n <= ses::kMaxNLanes ? ses::kLanes : 1;
+  for (long first = 0; first < layer.batch; first += step) {
+    ses::GramLayer<double, M> part = layer.pointers();
+    part.batch = std::min(step, layer.batch - first);
+    const double* grams = part.gram + first * n * n;
+    const Poisoned interleaved(n * n * step * static_cast<long>(sizeof(double)));
+    part.gram = grams;
+    if (n <= ses::kMaxNLanes) {
+      kernel.interleave(grams, static_cast<int>(part.batch), layer.n,
+                        static_cast<double*>(interleaved.memory));
+      part.gram = static_cast<const double*>(interleaved.memory);
+    }
+    part.h += first;
+    part.m += first * n * n;
+    kernel.run(part, poles, Poisoned(kernel.workspace_bytes(layer.n, poles.count)).memory);
   }
   return layer;
 }
@@ -311,6 +330,90 @@ void check_all(const ses::Poles& poles) {
   }
 }
 
+template <typename T>
+struct SampleCase {
+  long batch, rows, columns;
+  bool center;
+  std::vector<T> x, location, scale, m;
+  std::vector<double> h;
+
+  SampleCase(long b, long r, long c, bool centred)
+      : batch(b), rows(r), columns(c), center(centred) {
+    std::mt19937 random(static_cast<unsigned>(1000 * r + c));
+    std::normal_distribution<double> normal;
+    for (long i = 0; i < b * r * c; ++i) x.push_back(static_cast<T>(normal(random) + 3));
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    if (b > 3) std::fill_n(&x[3 * r * c], r * c, T(1));  // no variance
+    if (b > 4) x[4 * r * c] = nan;
+    location.assign(center ? b * 2 * c : 0, nan);
+    scale.assign(b, nan);
+    m.assign(b * n() * n(), nan);
+    h.assign(b, nan);
+  }
+  bool by_samples() const { return rows <= columns; }
+  int n() const { return static_cast<int>(by_samples() ? rows : columns); }
+  ses::SampleLayer<T> layer() {
+    return {{x.data(), rows * columns, columns, batch, rows, columns},
+            by_samples() ? ses::Side::kSamples : ses::Side::kFeatures,
+            center ? location.data() : nullptr,
+            scale.data(),
+            {nullptr, h.data(), m.data(), batch, n(), center && by_samples()}};
+  }
+  void solve_in_steps(const ses::Poles& poles) {
+    ses::SampleLayer<T> all = layer();
+    ses::location_scale_cpu(all.x, center ? x.data() : nullptr, rows * columns, all.location,
+                            all.scale, 1);
+    std::vector<double> grams(m.size());
+    const ses::Standard<T> standard{all.location, 2 * columns, columns, all.scale};
+    ses::gram_cpu(all.x, standard, all.side, grams.data(), 1);
+    all.result.gram = grams.data();
+    ses::rational_cpu(&all.result, 1, poles, 1);
+  }
+  bool same(const SampleCase& other) const {
+    const auto equal = [](const auto& a, const auto& b) {
+      return same_numbers(a.data(), b.data(), static_cast<long>(a.size()));
+    };
+    return equal(location, other.location) && equal(scale, other.scale) && equal(m, other.m) &&
+           equal(h, other.h);
+  }
+};
+
+template <typename T>
+void check_from_samples(const ses::Poles& poles) {
+  std::vector<SampleCase<T>> expected;
+  for (const bool center : {true, false})
+    for (const auto& [rows, columns] : {std::pair<long, long>{1, 3},
+                                        {5, 7},
+                                        {8, 8},
+                                        {9, 70},
+                                        {70, 9},
+                                        {32, 130},
+                                        {33, 40},
+                                        {200, 65}})
+      for (const long batch : {1, 2, 19}) expected.emplace_back(batch, rows, columns, center);
+  for (SampleCase<T>& one : expected) one.solve_in_steps(poles);
+  // All together, then in calls too small for every worker to have matrices of its own.
+  for (const int threads : {1, 2, 5}) {
+    for (const std::size_t step : {expected.size(), std::size_t(1), std::size_t(2)}) {
+      for (std::size_t first = 0; first < expected.size(); first += step) {
+        std::vector<SampleCase<T>> got;
+        const std::size_t last = std::min(first + step, expected.size());
+        for (std::size_t i = first; i < last; ++i) {
+          const SampleCase<T>& one = expected[i];
+          got.emplace_back(one.batch, one.rows, one.columns, one.center);
+        }
+        std::vector<ses::SampleLayer<T>> layers;
+        for (SampleCase<T>& one : got) layers.push_back(one.layer());
+        ses::rational_from_samples_cpu(layers.data(), static_cast<int>(layers.size()), poles,
+                                       threads);
+        for (std::size_t i = first; i < last; ++i)
+          if (!got[i - first].same(expected[i]))
+            fail("one call differs", -1, got[i - first].n(), 0);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -320,8 +423,8 @@ int main(int count, char** arguments) {
   const int poles = static_cast<int>(numbers.size()) / 2;
   const ses::Poles set{numbers[0], poles, &numbers[1], &numbers[1] + poles};
   if (arguments[1][0] == '4')
-    check_all<float>(set);
+    check_all<float>(set), check_from_samples<float>(set);
   else
-    check_all<double>(set);
+    check_all<double>(set), check_from_samples<double>(set);
   std::puts("rational is right");
 }
