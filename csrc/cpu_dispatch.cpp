@@ -164,8 +164,6 @@ template void eigh_cpu(const double*, double*, double*, long, int, int);
 
 namespace {
 
-constexpr int together(int n) { return n <= kMaxNLanes ? kLanes : 1; }
-
 // Matrices that the kernel takes together, of one layer.
 struct Solve {
   int layer;
@@ -211,7 +209,8 @@ void solve(const GramLayer<double, M>* layers, int count, const std::vector<Solv
     const Solve& task = tasks[i];
     char* memory = static_cast<char*>(workspaces[worker]);
     GramLayer<double, M> part = layers[task.layer];
-    part.gram = grams(task, memory);
+    grams(task, memory);
+    part.gram = reinterpret_cast<const double*>(memory);
     part.batch = task.count;
     part.h += task.first;
     if (part.m != nullptr) part.m += task.first * part.n * part.n;
@@ -219,26 +218,20 @@ void solve(const GramLayer<double, M>* layers, int count, const std::vector<Solv
   });
 }
 
-// Of the Gram matrices of a task, a whole number of cache lines: what comes after is aligned too.
-long gram_bytes(long n) {
-  const long bytes = n * n * together(static_cast<int>(n)) * static_cast<long>(sizeof(double));
-  return (bytes + 63) / 64 * 64;
-}
+long arranged_bytes(int n) { return arranged_doubles(n) * static_cast<long>(sizeof(double)); }
 
 // As they were given.
 template <typename M>
 struct GivenGrams {
   const GramLayer<double, M>* layers;
 
-  long bytes(int i) const { return layers[i].n <= kMaxNLanes ? gram_bytes(layers[i].n) : 0; }
+  long bytes(int i) const { return arranged_bytes(layers[i].n); }
   double nanoseconds(int) const { return 0; }
-  const double* operator()(const Solve& task, void* memory) const {
-    const int n = layers[task.layer].n;
-    const double* given = layers[task.layer].gram + task.first * n * n;
-    if (n > kMaxNLanes) return given;
-    double* interleaved = static_cast<double*>(memory);
-    SES_KERNELS_HERE(rational_kernel<M>).interleave(given, task.count, n, interleaved);
-    return interleaved;
+  void operator()(const Solve& task, void* memory) const {
+    const GramLayer<double, M>& layer = layers[task.layer];
+    const double* grams = layer.gram + task.first * layer.n * layer.n;
+    SES_KERNELS_HERE(rational_kernel<M>)
+        .arrange(grams, task.count, layer.n, static_cast<double*>(memory));
   }
 };
 
@@ -249,14 +242,13 @@ struct MadeGrams {
   const GramKernels<T, T>& kernels;
 
   long bytes(int i) const {
-    const int n = layers[i].result.n;
-    return gram_bytes(n) + (n <= kMaxNLanes ? kernels.gram_lanes_bytes(n) : kernels.gram_bytes(n));
+    return arranged_bytes(layers[i].result.n) + kernels.arranged_bytes(layers[i].result.n);
   }
   double nanoseconds(int i) const {
     const long n = layers[i].result.n;
     return product_nanoseconds(n, layers[i].x.rows * layers[i].x.columns / n);
   }
-  const double* operator()(const Solve& task, void* memory) const {
+  void operator()(const Solve& task, void* memory) const {
     const SampleLayer<T>& layer = layers[task.layer];
     const Samples<T>& x = layer.x;
     const bool center = layer.location != nullptr;
@@ -265,14 +257,9 @@ struct MadeGrams {
           kernels.locate(x, b, 0, x.columns, center ? x.x + b * x.matrix_stride : nullptr,
                          center ? layer.location + 2 * b * x.columns : nullptr));
     const Standard<T> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
-    const long n = layer.result.n;
-    double* grams = static_cast<double*>(memory);
-    void* workspace = static_cast<char*>(memory) + gram_bytes(n);
-    if (n <= kMaxNLanes)
-      kernels.gram_lanes(x, standard, layer.side, task.first, task.count, grams, workspace);
-    else
-      kernels.gram_double(x, standard, layer.side, task.first, 0, 1, grams, workspace);
-    return grams;
+    kernels.gram_arranged(x, standard, layer.side, task.first, task.count,
+                          static_cast<double*>(memory),
+                          static_cast<char*>(memory) + arranged_bytes(layer.result.n));
   }
 };
 

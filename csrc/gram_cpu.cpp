@@ -134,15 +134,15 @@ struct Standardized {
 };
 
 // A batch of small matrices comes from memory faster than it is asked for in strips of eight rows:
-// the next matrix is asked for while this one is worked on.
+// the `count` from `next` on are asked for while those before them are worked on.
 constexpr long kPrefetchBytes = 32 << 10;
 
 template <typename X>
-void prefetch_next(const Samples<X>& samples, long matrix) {
-  const long bytes = samples.matrix_stride * static_cast<long>(sizeof(X));
-  if (matrix + 1 >= samples.batch || bytes > kPrefetchBytes) return;
-  const char* next = reinterpret_cast<const char*>(samples.x) + (matrix + 1) * bytes;
-  for (long i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+void prefetch(const Samples<X>& samples, long next, long count) {
+  const long matrix = samples.matrix_stride * static_cast<long>(sizeof(X));
+  if (next + count > samples.batch || count * matrix > kPrefetchBytes) return;
+  const char* from = reinterpret_cast<const char*>(samples.x) + next * matrix;
+  for (long i = 0; i < count * matrix; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 // ---- the Gram matrix ----
@@ -155,23 +155,21 @@ long chunk(long panels) {
   return depth < kPanel ? kPanel : depth;
 }
 
-long gram_bytes(long n) {
+long packed_bytes(long n) {
   const long panels = (n + kPanel - 1) / kPanel;
-  return panels * (chunk(panels) + panels * kPanel) * static_cast<long>(sizeof(Panel));
+  return panels * chunk(panels) * static_cast<long>(sizeof(Panel));
 }
 
-template <typename X, typename L, typename K>
-void gram(const Samples<X>& samples, const Standard<L>& standard, Side side, long matrix, int part,
-          int parts, K* out, void* workspace) {
+// Rows of blocks part, part + parts, ... in panels: sums [panels, rows].
+template <typename X, typename L>
+void gram_panels(const Samples<X>& samples, const Standard<L>& standard, Side side, long matrix,
+                 int part, int parts, Panel* sums, Panel* packed) {
   using P = Panel;
-  prefetch_next(samples, matrix);
+  prefetch(samples, matrix + 1, 1);
   const Standardized<X, L> xs(samples, standard, matrix);
   const bool by_samples = side == Side::kSamples;
   const long n = by_samples ? xs.rows : xs.columns, depth = by_samples ? xs.columns : xs.rows;
   const long panels = (n + kPanel - 1) / kPanel, rows = panels * kPanel, step = chunk(panels);
-  P* packed = static_cast<P*>(workspace);  // [panels, step] eight of n a pack
-  P* sums = packed + panels * step;        // [panels, rows] the lower triangle of blocks
-
   for (long first = 0; first < depth; first += step) {
     const long count = depth - first < step ? depth - first : step;
     if (by_samples) {
@@ -206,6 +204,21 @@ void gram(const Samples<X>& samples, const Standard<L>& standard, Side side, lon
       });
     }
   }
+}
+
+long gram_bytes(long n) {
+  const long rows = (n + kPanel - 1) / kPanel * kPanel;
+  return packed_bytes(n) + rows * rows * static_cast<long>(sizeof(double));
+}
+
+template <typename X, typename L, typename K>
+void gram(const Samples<X>& samples, const Standard<L>& standard, Side side, long matrix, int part,
+          int parts, K* out, void* workspace) {
+  const long n = side == Side::kSamples ? samples.rows : samples.columns;
+  const long panels = (n + kPanel - 1) / kPanel, rows = panels * kPanel;
+  Panel* packed = static_cast<Panel*>(workspace);  // [panels, chunk] eight of n a pack
+  Panel* sums = packed + packed_bytes(n) / static_cast<long>(sizeof(Panel));
+  gram_panels(samples, standard, side, matrix, part, parts, sums, packed);
   for (long b = part; b < panels; b += parts)
     for (long c = 0; c <= b; ++c)
       store_symmetric(sums + c * rows + b * kPanel, static_cast<int>(b) * kPanel,
@@ -229,21 +242,20 @@ long lanes_chunk(long rows) {
 
 long padded_side(long n) { return (n + kSide - 1) / kSide * kSide; }
 
-long gram_lanes_bytes(long n) {
+long lanes_bytes(long n) {
   const long rows = padded_side(n);
-  return rows * (lanes_chunk(rows) + kPanel) * static_cast<long>(sizeof(Panel));
+  return rows * lanes_chunk(rows) * static_cast<long>(sizeof(Panel));
 }
 
 template <typename X, typename L>
 void gram_lanes(const Samples<X>& samples, const Standard<L>& standard, Side side, long first,
-                int count, double* out, void* workspace) {
+                int count, Panel* k, Panel* packed) {
   using P = Panel;
+  prefetch(samples, first + count, kLanes);
   const bool by_samples = side == Side::kSamples;
   const long n = by_samples ? samples.rows : samples.columns;
   const long depth = by_samples ? samples.columns : samples.rows;
   const long rows = padded_side(n), step = lanes_chunk(rows);
-  P* packed = static_cast<P*>(workspace);  // [step, rows]
-  P* k = reinterpret_cast<P*>(out);        // [n, n] its lower triangle
 
   for (long begin = 0; begin < depth; begin += step) {
     const long length = depth - begin < step ? depth - begin : step;
@@ -286,6 +298,21 @@ void gram_lanes(const Samples<X>& samples, const Standard<L>& standard, Side sid
   }
 }
 
+// ---- in the arrangement that the rational solver takes ----
+
+long arranged_bytes(long n) { return n <= kMaxNLanes ? lanes_bytes(n) : packed_bytes(n); }
+
+template <typename X, typename L>
+void gram_arranged(const Samples<X>& samples, const Standard<L>& standard, Side side, long first,
+                   int count, double* grams, void* workspace) {
+  Panel* out = reinterpret_cast<Panel*>(grams);
+  Panel* packed = static_cast<Panel*>(workspace);
+  if ((side == Side::kSamples ? samples.rows : samples.columns) <= kMaxNLanes)
+    gram_lanes(samples, standard, side, first, count, out, packed);
+  else
+    gram_panels(samples, standard, side, first, 0, 1, out, packed);
+}
+
 // ---- the product with a symmetric matrix ----
 
 template <typename L>
@@ -312,7 +339,7 @@ template <typename X, typename L>
 void backward(const L* m, const Samples<X>& samples, const Standard<L>& standard, L coefficient,
               Side side, long matrix, int part, int parts, X* out, void* workspace) {
   using P = Row<L>;
-  prefetch_next(samples, matrix);
+  prefetch(samples, matrix + 1, 1);
   const Standardized<X, L> xs(samples, standard, matrix);
   const P factor = P::broadcast(coefficient);
   const long rows = xs.rows, columns = xs.columns;
@@ -326,11 +353,13 @@ void backward(const L* m, const Samples<X>& samples, const Standard<L>& standard
       const long inside = n - b * kPanel;
       for (long k = 0; k < n; ++k) {
         const L* from = m + k * n + b * kPanel;
-        L* to = left + (b * n + k) * kPanel;
+        L row[kPanel] = {};  // a copy: from and to might overlap, as far as the compiler knows
         if (inside >= kPanel)
-          for (int i = 0; i < kPanel; ++i) to[i] = coefficient * from[i];
+          __builtin_memcpy(row, from, sizeof(row));
         else
-          for (int i = 0; i < kPanel; ++i) to[i] = i < inside ? coefficient * from[i] : L(0);
+          for (int i = 0; i < inside; ++i) row[i] = from[i];
+        for (L& value : row) value *= coefficient;
+        __builtin_memcpy(left + (b * n + k) * kPanel, row, sizeof(row));
       }
     }
     const long begin = column_panels * part / parts, end = column_panels * (part + 1) / parts;
@@ -381,9 +410,9 @@ void backward(const L* m, const Samples<X>& samples, const Standard<L>& standard
 template <typename X, typename L>
 const GramKernels<X, L>& gram_kernels() {
   static constexpr GramKernels<X, L> kernels = {
-      locate<X, L>,       inverse_power_of_two<L>, gram_bytes,
-      gram<X, L, double>, gram<X, L, float>,       gram_lanes_bytes,
-      gram_lanes<X, L>,   backward_bytes<L>,       backward<X, L>,
+      locate<X, L>,        inverse_power_of_two<L>, gram_bytes,
+      gram<X, L, double>,  gram<X, L, float>,       arranged_bytes,
+      gram_arranged<X, L>, backward_bytes<L>,       backward<X, L>,
   };
   return kernels;
 }

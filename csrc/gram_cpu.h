@@ -3,6 +3,7 @@
 // them. Xs itself is made a block at a time. CPU only.
 #pragma once
 
+#include "arrangement.h"
 #include "isa.h"
 
 namespace ses {
@@ -46,11 +47,10 @@ struct GramKernels {
   void (*gram_float)(const Samples<X>& samples, const Standard<L>& standard, Side side, long matrix,
                      int part, int parts, float* gram, void* workspace);
 
-  // The lower triangles of K of matrices [first, first + count), at most kLanes, interleaved:
-  // [n, n, kLanes].
-  long (*gram_lanes_bytes)(long n);
-  void (*gram_lanes)(const Samples<X>& samples, const Standard<L>& standard, Side side, long first,
-                     int count, double* grams, void* workspace);
+  // K of matrices [first, first + count), count <= together(n), arranged.
+  long (*arranged_bytes)(long n);
+  void (*gram_arranged)(const Samples<X>& samples, const Standard<L>& standard, Side side,
+                        long first, int count, double* grams, void* workspace);
 
   // The share `part` of coefficient M Xs or coefficient Xs M, in the arithmetic of L; m [n, n]
   // symmetric, out [rows, columns] contiguous.

@@ -1,13 +1,6 @@
 // The instruction sets that the CPU kernels are compiled for, each in a namespace of its own.
 #pragma once
 
-namespace ses {
-
-// Matrices whose entries lie side by side for SIMD, whatever the width of a register.
-constexpr int kLanes = 8;
-
-}  // namespace ses
-
 // SES_X86: the build compiled them for AVX2 and AVX-512 too.
 #if defined(SES_X86)
 #define SES_DECLARE_FOR_EACH_ISA(...) \

@@ -27,25 +27,29 @@ long workspace_bytes(int n, int poles) {
   return n <= kMaxNLanes ? LaneWorkspace<P>::bytes(n) : PanelWorkspace<P>::bytes(n, poles);
 }
 
-void interleave_grams(const double* grams, int count, int n, double* out) {
-  interleave(grams, count, n, reinterpret_cast<P*>(out));
+void arrange(const double* grams, int count, int n, double* out) {
+  if (n <= kMaxNLanes)
+    interleave(grams, count, n, reinterpret_cast<P*>(out));
+  else
+    to_panels(grams, n, reinterpret_cast<P*>(out));
 }
 
 template <typename M>
 void run(const GramLayer<double, M>& layer, const Poles& poles, void* workspace) {
   const PaddedPoles<double> padded(poles);
+  const P* gram = reinterpret_cast<const P*>(layer.gram);
   if (layer.n <= kMaxNLanes)
-    rational(reinterpret_cast<const P*>(layer.gram), layer.h, layer.m,
-             static_cast<int>(layer.batch), layer.n, layer.center, padded, workspace);
+    rational(gram, layer.h, layer.m, static_cast<int>(layer.batch), layer.n, layer.center, padded,
+             workspace);
   else
-    rational<P>(layer.gram, layer.h, layer.m, layer.n, layer.center, padded, workspace);
+    rational(gram, layer.h, layer.m, layer.n, layer.center, padded, workspace);
 }
 
 }  // namespace
 
 template <typename M>
 const RationalKernel<M>& rational_kernel() {
-  static constexpr RationalKernel<M> kernel = {interleave_grams, workspace_bytes, run<M>};
+  static constexpr RationalKernel<M> kernel = {arrange, workspace_bytes, run<M>};
   return kernel;
 }
 template const RationalKernel<float>& rational_kernel<float>();

@@ -115,7 +115,7 @@ static void reflect(const LaneWorkspace<P>& work, int n) {
   }
 }
 
-// The lower triangles of up to eight matrices [count, n, n], side by side: [n, n] packs.
+// The lower triangles of up to eight matrices [count, n, n], interleaved.
 template <typename P>
 static void interleave(const typename P::Scalar* grams, int count, int n, P* out) {
   const long size = static_cast<long>(n) * n;

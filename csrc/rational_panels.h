@@ -80,15 +80,18 @@ SES_INLINE void update_and_multiply_panels(const PanelWorkspace<P>& work, int pa
   }
   P* a = work.a + panel * work.rows;
   for (int r = begin; r < end; ++r) {
+    const P next_r = P::broadcast(next_row[r]);
+    const P u_r = kPending ? P::broadcast(u_row[r]) : next_r;
+    const P q_r = kPending ? P::broadcast(q_row[r]) : next_r;
     P row_sum = work.by_row[r];
     for (int c = 0; c < kCount; ++c) {
       P x = a[c * work.rows + r];
       if (kPending) {
-        x = fnma(P::broadcast(u_row[r]), q_column[c], x);
-        x = fnma(P::broadcast(q_row[r]), u_column[c], x);
+        x = fnma(u_r, q_column[c], x);
+        x = fnma(q_r, u_column[c], x);
         a[c * work.rows + r] = x;
       }
-      sum[c] = fma(P::broadcast(next_row[r]), x, sum[c]);
+      sum[c] = fma(next_r, x, sum[c]);
       row_sum = fma(next_column[c], x, row_sum);
     }
     work.by_row[r] = row_sum;
@@ -477,32 +480,40 @@ static void double_center(const PanelWorkspace<P>& work) {
     }
 }
 
+// The lower triangle of [n, n], in panels.
+template <typename P>
+static void to_panels(const typename P::Scalar* gram, int n, P* out) {
+  using T = typename P::Scalar;
+  const P zero = P::broadcast(0);
+  const int rows = (n + kPanel - 1) / kPanel * kPanel;
+  for (int column = 0; column < n; column += kPanel, out += rows) {
+    for (int r = column; r < rows; ++r)
+      out[r] = r < n ? load<P>(gram + static_cast<long>(r) * n + column, n - column) : zero;
+    P upper[kPanel];
+    Square<P>::transpose(out + column, upper);
+    for (int r = 0; r < kPanel; ++r)
+      out[column + r] = select(P::iota() <= P::broadcast(T(r)), out[column + r], upper[r]);
+  }
+}
+
 template <typename P, typename M>
-static void rational(const typename P::Scalar* gram, typename P::Scalar* h, M* m, int n,
-                     bool center, const PaddedPoles<typename P::Scalar>& poles, void* memory) {
+static void rational(const P* gram, typename P::Scalar* h, M* m, int n, bool center,
+                     const PaddedPoles<typename P::Scalar>& poles, void* memory) {
   using T = typename P::Scalar;
   const PanelWorkspace<P> work(memory, n, poles.count);
   const long size = static_cast<long>(n) * n;
   T trace = 0;
-  for (int i = 0; i < n; ++i) trace += gram[static_cast<long>(i) * n + i];
+  for (int i = 0; i < n; ++i)
+    trace += reinterpret_cast<const T*>(gram + i / kPanel * work.rows + i)[i % kPanel];
   auto fill = [&](T value) {
     *h = value;
     for (long i = 0; m != nullptr && i < size; ++i) m[i] = static_cast<M>(value);
   };
   if (!has_spectrum(trace)) return fill(without_spectrum(trace));
   const T scale = T(1) / trace;
-  T* a = reinterpret_cast<T*>(work.a);
-  for (int c = 0; c < work.panels; ++c) {
-    const int width = n - c * kPanel < kPanel ? n - c * kPanel : kPanel;
-    for (long r = 0; r < work.rows; ++r) {
-      T* out = a + (c * work.rows + r) * kPanel;
-      for (int j = 0; j < kPanel; ++j) {
-        const long column = c * kPanel + j;  // above the diagonal of its block: the mirror image
-        const T* in = gram + (r < column ? column * n + r : r * n + column);
-        out[j] = r < n && j < width && r >= c * kPanel ? *in * scale : T(0);
-      }
-    }
-  }
+  for (int c = 0; c < work.panels; ++c)
+    for (long r = c * kPanel; r < work.rows; ++r)
+      work.a[c * work.rows + r] = gram[c * work.rows + r] * P::broadcast(scale);
   tridiagonalise(work);
   T s = 1, c = poles.c, entropy = resolvents(work, poles, c, s);
   for (int i = 0; i < kPoleScalings && !(entropy == entropy); ++i) {

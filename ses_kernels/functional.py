@@ -111,7 +111,7 @@ def spectral_entropy(
             raise ValueError(f'return_bound is for solver="lowrank", got solver={solver!r}')
         return tuple(v.reshape(x.shape[:-2]) for v in _low_rank(_flat(x), rank, options))
     (entropy,) = _flat_entropies([x], rank, options)
-    return entropy.reshape(x.shape[:-2])
+    return entropy if x.dim() == 3 else entropy.reshape(x.shape[:-2])
 
 
 def spectral_entropies(
@@ -198,7 +198,7 @@ def _low_rank(x: Tensor, rank: int, options: Options) -> tuple[Tensor, Tensor]: 
 
 def _flat(x: Tensor) -> Tensor:  # (..., B, d) -> (prod(...), B, d)
     _check(x)
-    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    return x if x.dim() == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def _check(x: Tensor) -> None:

@@ -143,25 +143,29 @@ struct Workspace {
   }
 };
 
-// Eight small matrices at once have the bits of one after the other.
+// Arranged for the rational solver, K has the same bits.
 template <typename X, typename L>
-void check_lanes(const ses::GramKernels<X, L>& kernels, const Inputs<X, L>& in,
-                 Outputs<X, L>& out) {
+void check_arranged(const ses::GramKernels<X, L>& kernels, const Inputs<X, L>& in,
+                    Outputs<X, L>& out) {
   const Shape& s = in.shape;
-  const long n = s.n();
-  const Workspace sums(kernels.gram_lanes_bytes(n));
-  const Workspace grams(n * n * ses::kLanes * static_cast<long>(sizeof(double)));
-  for (long first = 0; first < s.batch; first += ses::kLanes) {
-    const long count = std::min<long>(ses::kLanes, s.batch - first);
+  const long n = s.n(), step = ses::together(static_cast<int>(n));
+  const long rows = (n + ses::kLanes - 1) / ses::kLanes * ses::kLanes;
+  const Workspace packed(kernels.arranged_bytes(n));
+  const Workspace grams(ses::arranged_doubles(n) * static_cast<long>(sizeof(double)));
+  for (long first = 0; first < s.batch; first += step) {
+    const long count = std::min(step, s.batch - first);
     double* k = static_cast<double*>(grams.poisoned());
-    kernels.gram_lanes(in.samples(), out.standard(s), s.side, first, static_cast<int>(count), k,
-                       sums.poisoned());
+    kernels.gram_arranged(in.samples(), out.standard(s), s.side, first, static_cast<int>(count), k,
+                          packed.poisoned());
     for (long b = 0; b < count; ++b)
       for (long i = 0; i < n; ++i)
         for (long j = 0; j <= i; ++j) {
-          const double got = k[(i * n + j) * ses::kLanes + b];
-          const double alone = out.wide[((first + b) * n + i) * n + j];
-          if (got != alone) fail("gram of eight", s, got - alone);
+          const long panel = j / ses::kLanes;
+          const double got = n <= ses::kMaxNLanes
+                                 ? k[(i * n + j) * ses::kLanes + b]
+                                 : k[(panel * rows + i) * ses::kLanes + j % ses::kLanes];
+          const double expected = out.wide[((first + b) * n + i) * n + j];
+          if (got != expected) fail("arranged gram", s, got - expected);
         }
   }
 }
@@ -187,7 +191,7 @@ Outputs<X, L> by_kernels(const ses::GramKernels<X, L>& kernels, const Inputs<X, 
                        parts, &out.gradient[b * s.rows * s.columns], products.poisoned());
     }
   }
-  if (n <= 65) check_lanes(kernels, in, out);
+  check_arranged(kernels, in, out);
   return out;
 }
 

@@ -225,18 +225,14 @@ template <typename M>
 Layer<M> by_kernel(const ses::RationalKernel<M>& kernel, const Layer<M>& in,
                    const ses::Poles& poles) {
   Layer<M> layer = in.unsolved();
-  const long n = layer.n, step = n <= ses::kMaxNLanes ? ses::kLanes : 1;
+  const long n = layer.n, step = ses::together(layer.n);
   for (long first = 0; first < layer.batch; first += step) {
     ses::GramLayer<double, M> part = layer.pointers();
     part.batch = std::min(step, layer.batch - first);
-    const double* grams = part.gram + first * n * n;
-    const Poisoned interleaved(n * n * step * static_cast<long>(sizeof(double)));
-    part.gram = grams;
-    if (n <= ses::kMaxNLanes) {
-      kernel.interleave(grams, static_cast<int>(part.batch), layer.n,
-                        static_cast<double*>(interleaved.memory));
-      part.gram = static_cast<const double*>(interleaved.memory);
-    }
+    const Poisoned arranged(ses::arranged_doubles(n) * static_cast<long>(sizeof(double)));
+    kernel.arrange(part.gram + first * n * n, static_cast<int>(part.batch), layer.n,
+                   static_cast<double*>(arranged.memory));
+    part.gram = static_cast<const double*>(arranged.memory);
     part.h += first;
     part.m += first * n * n;
     kernel.run(part, poles, Poisoned(kernel.workspace_bytes(layer.n, poles.count)).memory);
