@@ -164,57 +164,69 @@ template void eigh_cpu(const double*, double*, double*, long, int, int);
 
 namespace {
 
-// Matrices that the kernel takes together, of one layer.
+// Matrices of one layer that a worker solves, together(n) at a time.
 struct Solve {
   int layer;
   long first;
   int count;
 };
 
-// The largest first, so that none of them is the last to be taken.
-template <typename M>
-std::vector<Solve> solves(const GramLayer<double, M>* layers, int count) {
+struct SolvePlan {
+  std::vector<Solve> tasks;
+  int workers;
+};
+
+// The largest matrices first, so that none of them is the last to be taken; small ones by the
+// dozen. grams.nanoseconds(layer) is what one Gram matrix takes.
+template <typename M, typename Grams>
+SolvePlan make_solve_plan(const GramLayer<double, M>* layers, int count, int threads,
+                          const Grams& grams) {
   std::vector<int> order(static_cast<std::size_t>(count));
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int one, int other) { return layers[one].n > layers[other].n; });
-  std::vector<Solve> tasks;
+  SolvePlan plan{};
+  double work = 0;
   for (const int i : order) {
-    const long step = together(layers[i].n);
-    for (long first = 0; first < layers[i].batch; first += step)
-      tasks.push_back({i, first, static_cast<int>(std::min(step, layers[i].batch - first))});
+    const double n = layers[i].n;
+    // Measured: 50 picoseconds times n^3, and what does not grow so fast.
+    const double nanoseconds = (0.05 * n + 2) * n * n + grams.nanoseconds(i);
+    const long together = ses::together(layers[i].n), batch = layers[i].batch;
+    const double calls = kTeamNanoseconds / (nanoseconds * static_cast<double>(together));
+    const long step = together * std::max(1L, static_cast<long>(calls));
+    for (long first = 0; first < batch; first += step)
+      plan.tasks.push_back({i, first, static_cast<int>(std::min(step, batch - first))});
+    work += static_cast<double>(batch) * nanoseconds;
   }
-  return tasks;
+  plan.workers = workers_for(work, threads);
+  return plan;
 }
 
-// Gram matrices from where grams(task, memory) puts those of a task, in grams.bytes(layer,
-// matrices) of memory or elsewhere.
+// grams(layer, first, count, memory) arranges Gram matrices at the beginning of `memory`, which has
+// grams.bytes(layer), a multiple of 64.
 template <typename M, typename Grams>
-void solve(const GramLayer<double, M>* layers, int count, const std::vector<Solve>& tasks,
-           const Poles& poles, int threads, const Grams& grams) {
-  if (tasks.empty()) return;
+void solve(const GramLayer<double, M>* layers, int count, const SolvePlan& plan, const Poles& poles,
+           const Grams& grams) {
   const RationalKernel<M>& kernel = SES_KERNELS_HERE(rational_kernel<M>);
   long for_grams = 0, for_kernel = 0;
-  double work = 0;
   for (int i = 0; i < count; ++i) {
-    const double n = layers[i].n;
     for_grams = std::max(for_grams, grams.bytes(i));
     for_kernel = std::max(for_kernel, kernel.workspace_bytes(layers[i].n, poles.count));
-    // Measured: 50 picoseconds times n^3, and what does not grow so fast.
-    work += static_cast<double>(layers[i].batch) * ((0.05 * n + 2) * n * n + grams.nanoseconds(i));
   }
-  const int workers = workers_for(work, threads);
-  const Workspaces workspaces(for_grams + for_kernel, workers);
-  parallel(workers, static_cast<long>(tasks.size()), [&](int worker, long i) {
-    const Solve& task = tasks[i];
+  const Workspaces workspaces(for_grams + for_kernel, plan.workers);
+  parallel(plan.workers, static_cast<long>(plan.tasks.size()), [&](int worker, long i) {
+    const Solve& task = plan.tasks[i];
+    const GramLayer<double, M>& layer = layers[task.layer];
     char* memory = static_cast<char*>(workspaces[worker]);
-    GramLayer<double, M> part = layers[task.layer];
-    grams(task, memory);
-    part.gram = reinterpret_cast<const double*>(memory);
-    part.batch = task.count;
-    part.h += task.first;
-    if (part.m != nullptr) part.m += task.first * part.n * part.n;
-    kernel.run(part, poles, memory + for_grams);
+    for (long first = task.first; first < task.first + task.count; first += together(layer.n)) {
+      GramLayer<double, M> part = layer;
+      part.batch = std::min<long>(together(layer.n), task.first + task.count - first);
+      grams(task.layer, first, static_cast<int>(part.batch), memory);
+      part.gram = reinterpret_cast<const double*>(memory);
+      part.h += first;
+      if (part.m != nullptr) part.m += first * layer.n * layer.n;
+      kernel.run(part, poles, memory + for_grams);
+    }
   });
 }
 
@@ -227,11 +239,10 @@ struct GivenGrams {
 
   long bytes(int i) const { return arranged_bytes(layers[i].n); }
   double nanoseconds(int) const { return 0; }
-  void operator()(const Solve& task, void* memory) const {
-    const GramLayer<double, M>& layer = layers[task.layer];
-    const double* grams = layer.gram + task.first * layer.n * layer.n;
-    SES_KERNELS_HERE(rational_kernel<M>)
-        .arrange(grams, task.count, layer.n, static_cast<double*>(memory));
+  void operator()(int i, long first, int count, void* memory) const {
+    const int n = layers[i].n;
+    const double* grams = layers[i].gram + first * n * n;
+    SES_KERNELS_HERE(rational_kernel<M>).arrange(grams, count, n, static_cast<double*>(memory));
   }
 };
 
@@ -248,17 +259,16 @@ struct MadeGrams {
     const long n = layers[i].result.n;
     return product_nanoseconds(n, layers[i].x.rows * layers[i].x.columns / n);
   }
-  void operator()(const Solve& task, void* memory) const {
-    const SampleLayer<T>& layer = layers[task.layer];
+  void operator()(int i, long first, int count, void* memory) const {
+    const SampleLayer<T>& layer = layers[i];
     const Samples<T>& x = layer.x;
     const bool center = layer.location != nullptr;
-    for (long b = task.first; b < task.first + task.count; ++b)
+    for (long b = first; b < first + count; ++b)
       layer.scale[b] = kernels.inverse_power_of_two(
           kernels.locate(x, b, 0, x.columns, center ? x.x + b * x.matrix_stride : nullptr,
                          center ? layer.location + 2 * b * x.columns : nullptr));
     const Standard<T> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
-    kernels.gram_arranged(x, standard, layer.side, task.first, task.count,
-                          static_cast<double*>(memory),
+    kernels.gram_arranged(x, standard, layer.side, first, count, static_cast<double*>(memory),
                           static_cast<char*>(memory) + arranged_bytes(layer.result.n));
   }
 };
@@ -267,7 +277,8 @@ struct MadeGrams {
 
 template <typename M>
 void rational_cpu(const GramLayer<double, M>* layers, int count, const Poles& poles, int threads) {
-  solve(layers, count, solves(layers, count), poles, threads, GivenGrams<M>{layers});
+  const GivenGrams<M> given{layers};
+  solve(layers, count, make_solve_plan(layers, count, threads, given), poles, given);
 }
 
 template void rational_cpu(const GramLayer<double, float>*, int, const Poles&, int);
@@ -355,13 +366,11 @@ void rational_from_samples_cpu(const SampleLayer<T>* layers, int count, const Po
     results.push_back(layers[i].result);
     entries += results[i].batch * results[i].n * results[i].n;
   }
-  const std::vector<Solve> tasks = solves(results.data(), count);
-  if (threads == 1 || static_cast<int>(tasks.size()) >= 4 * threads) {
-    solve(results.data(), count, tasks, poles, threads,
-          MadeGrams<T>{layers, SES_KERNELS_HERE(gram_kernels<T, T>)});
-    return;
-  }
-  // Too few for each worker to have some: all make one Gram matrix after the other.
+  const MadeGrams<T> made{layers, SES_KERNELS_HERE(gram_kernels<T, T>)};
+  const SolvePlan plan = make_solve_plan(results.data(), count, threads, made);
+  if (plan.workers == 1 || static_cast<int>(plan.tasks.size()) >= 4 * plan.workers)
+    return solve(results.data(), count, plan, poles, made);
+  // Too few for equal shares: all workers make one Gram matrix after the other.
   const std::unique_ptr<double[]> grams(new double[static_cast<std::size_t>(entries)]);
   double* gram = grams.get();
   for (int i = 0; i < count; ++i) {
@@ -374,7 +383,7 @@ void rational_from_samples_cpu(const SampleLayer<T>* layers, int count, const Po
     results[i].gram = gram;
     gram += results[i].batch * results[i].n * results[i].n;
   }
-  solve(results.data(), count, tasks, poles, threads, GivenGrams<T>{results.data()});
+  rational_cpu(results.data(), count, poles, threads);
 }
 
 template void rational_from_samples_cpu(const SampleLayer<float>*, int, const Poles&, int);

@@ -134,15 +134,22 @@ struct Standardized {
 };
 
 // A batch of small matrices comes from memory faster than it is asked for in strips of eight rows:
-// the `count` from `next` on are asked for while those before them are worked on.
+// what the next ones need is asked for while these are worked on.
 constexpr long kPrefetchBytes = 32 << 10;
+enum Access { kRead, kWrite };  // as __builtin_prefetch counts them
+
+template <Access kAccess = kRead, typename T>
+void prefetch(const T* from, long count) {
+  const long bytes = count * static_cast<long>(sizeof(T));
+  if (bytes > kPrefetchBytes) return;
+  for (long i = 0; i < bytes; i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + i, kAccess, 2);
+}
 
 template <typename X>
-void prefetch(const Samples<X>& samples, long next, long count) {
-  const long matrix = samples.matrix_stride * static_cast<long>(sizeof(X));
-  if (next + count > samples.batch || count * matrix > kPrefetchBytes) return;
-  const char* from = reinterpret_cast<const char*>(samples.x) + next * matrix;
-  for (long i = 0; i < count * matrix; i += 64) __builtin_prefetch(from + i, 0, 2);
+void prefetch_samples(const Samples<X>& samples, long first, long count) {
+  if (first + count <= samples.batch)
+    prefetch(samples.x + first * samples.matrix_stride, count * samples.matrix_stride);
 }
 
 // ---- the Gram matrix ----
@@ -165,7 +172,7 @@ template <typename X, typename L>
 void gram_panels(const Samples<X>& samples, const Standard<L>& standard, Side side, long matrix,
                  int part, int parts, Panel* sums, Panel* packed) {
   using P = Panel;
-  prefetch(samples, matrix + 1, 1);
+  prefetch_samples(samples, matrix + 1, 1);
   const Standardized<X, L> xs(samples, standard, matrix);
   const bool by_samples = side == Side::kSamples;
   const long n = by_samples ? xs.rows : xs.columns, depth = by_samples ? xs.columns : xs.rows;
@@ -251,7 +258,7 @@ template <typename X, typename L>
 void gram_lanes(const Samples<X>& samples, const Standard<L>& standard, Side side, long first,
                 int count, Panel* k, Panel* packed) {
   using P = Panel;
-  prefetch(samples, first + count, kLanes);
+  prefetch_samples(samples, first + count, kLanes);
   const bool by_samples = side == Side::kSamples;
   const long n = by_samples ? samples.rows : samples.columns;
   const long depth = by_samples ? samples.columns : samples.rows;
@@ -339,10 +346,15 @@ template <typename X, typename L>
 void backward(const L* m, const Samples<X>& samples, const Standard<L>& standard, L coefficient,
               Side side, long matrix, int part, int parts, X* out, void* workspace) {
   using P = Row<L>;
-  prefetch(samples, matrix + 1, 1);
   const Standardized<X, L> xs(samples, standard, matrix);
   const P factor = P::broadcast(coefficient);
   const long rows = xs.rows, columns = xs.columns;
+  if (parts == 1 && matrix + 1 < samples.batch) {
+    const long square = side == Side::kSamples ? rows * rows : columns * columns;
+    prefetch_samples(samples, matrix + 1, 1);
+    prefetch(m + square, square);
+    prefetch<kWrite>(out + rows * columns, rows * columns);
+  }
   const long column_panels = (columns + P::kLanes - 1) / P::kLanes;
   const long row_panels = (rows + kPanel - 1) / kPanel;
   if (side == Side::kSamples) {

@@ -149,12 +149,13 @@ static void double_center(const LaneWorkspace<P>& work, int n) {
   P half = P::broadcast(0);
   for (int i = 0; i < n; ++i) mean[i] = half;
   for (int i = 0; i < n; ++i) {
+    P sum = work.f[i * stride + i];  // mean[i] would wait for its store at every addition
     for (int j = 0; j < i; ++j) {
       const P x = work.f[i * stride + j];
-      mean[i] = mean[i] + x;
+      sum = sum + x;
       mean[j] = mean[j] + x;
     }
-    mean[i] = mean[i] + work.f[i * stride + i];
+    mean[i] = mean[i] + sum;
   }
   const P inverse = P::broadcast(T(1) / static_cast<T>(n));
   for (int i = 0; i < n; ++i) {
