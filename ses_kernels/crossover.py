@@ -30,7 +30,7 @@ MEASURED = {
         "device": "AMD EPYC",
         "threads": 2,
         "torch": "2.13.0+cpu",
-        "commit": "97430bb22f84affe7056b2fa9207a414290725be",
+        "commit": "620fefddd8f512e885af2f63368fd1c19fac8467",
         "dirty": False,
         "date": "2026-11-22",
     },
@@ -41,8 +41,8 @@ MEASURED = {
 
 # {largest n: smallest batch} between which the extension's eigh is the faster.
 EIGH = {
-    ("cpu", torch.float32): {32: 1, 48: 2, 80: 3, 112: 4, 128: 8},
-    ("cpu", torch.float64): {32: 1, 80: 2, 128: 3},
+    ("cpu", torch.float32): {48: 1, 64: 2, 112: 3, 128: 4},
+    ("cpu", torch.float64): {32: 1, 128: 2},
     ("cuda", torch.float32): {170: 1},
     ("cuda", torch.float64): {170: 1},
 }
@@ -51,7 +51,7 @@ EIGH = {
 RATIONAL = {
     ("cpu", torch.float32): {1536: 1},
     ("cpu", torch.float64): {1536: 1},
-    ("cpu", torch.bfloat16): {1024: 1},
+    ("cpu", torch.bfloat16): {1536: 1},
     ("cuda", torch.float32): {256: 1},
     ("cuda", torch.float64): {},
     ("cuda", torch.bfloat16): {256: 1},
