@@ -1,21 +1,35 @@
 // How the Gram matrices lie that the rational kernels of the CPU take: kLanes doubles side by side
 // for SIMD, whatever the width of a register.
-//
-//   n <= kMaxNLanes  up to kLanes matrices interleaved, the lower triangle of [n, n, kLanes]
-//   larger           one matrix in panels, [panels, rows, kLanes] with rows = n rounded up to whole
-//                    panels: the lower triangle with whole blocks on the diagonal, 0 beyond n
 #pragma once
 
 namespace ses {
 
 constexpr int kLanes = 8;
-constexpr int kMaxNLanes = 32;
 
-static inline constexpr int together(int n) { return n <= kMaxNLanes ? kLanes : 1; }
+enum class Arrangement {
+  // Up to kLanes matrices, one a lane: [n, n, kLanes], the lower triangle.
+  kInterleaved,
+  // One matrix, [panels, rows, kLanes] with rows = n rounded up to whole panels: the lower triangle
+  // with whole blocks on the diagonal, 0 beyond n.
+  kPanels,
+};
 
-static inline constexpr long arranged_doubles(long n) {
+// Measured: side by side is the faster for half the lanes and more, until the workspace has left
+// the L2 cache. A matrix has the same bits in every batch that is arranged alike.
+constexpr int kMaxNInterleaved = 96;
+static inline constexpr Arrangement arrangement_of(long n, long batch) {
+  return n <= kMaxNInterleaved && batch >= kLanes / 2 ? Arrangement::kInterleaved
+                                                      : Arrangement::kPanels;
+}
+
+// Matrices that a kernel takes in one call.
+static inline constexpr int together(Arrangement arrangement) {
+  return arrangement == Arrangement::kInterleaved ? kLanes : 1;
+}
+
+static inline constexpr long arranged_doubles(Arrangement arrangement, long n) {
   const long rows = (n + kLanes - 1) / kLanes * kLanes;
-  return n <= kMaxNLanes ? n * n * kLanes : rows * rows;
+  return arrangement == Arrangement::kInterleaved ? n * n * kLanes : rows * rows;
 }
 
 }  // namespace ses

@@ -164,7 +164,12 @@ template void eigh_cpu(const double*, double*, double*, long, int, int);
 
 namespace {
 
-// Matrices of one layer that a worker solves, together(n) at a time.
+template <typename M>
+Arrangement arrangement_of(const GramLayer<double, M>& layer) {
+  return ses::arrangement_of(layer.n, layer.batch);
+}
+
+// Matrices of one layer that a worker solves, as many at a time as go together.
 struct Solve {
   int layer;
   long first;
@@ -191,7 +196,7 @@ SolvePlan make_solve_plan(const GramLayer<double, M>* layers, int count, int thr
     const double n = layers[i].n;
     // Measured: 50 picoseconds times n^3, and what does not grow so fast.
     const double nanoseconds = (0.05 * n + 2) * n * n + grams.nanoseconds(i);
-    const long together = ses::together(layers[i].n), batch = layers[i].batch;
+    const long batch = layers[i].batch, together = ses::together(arrangement_of(layers[i]));
     const double calls = kTeamNanoseconds / (nanoseconds * static_cast<double>(together));
     const long step = together * std::max(1L, static_cast<long>(calls));
     for (long first = 0; first < batch; first += step)
@@ -211,38 +216,45 @@ void solve(const GramLayer<double, M>* layers, int count, const SolvePlan& plan,
   long for_grams = 0, for_kernel = 0;
   for (int i = 0; i < count; ++i) {
     for_grams = std::max(for_grams, grams.bytes(i));
-    for_kernel = std::max(for_kernel, kernel.workspace_bytes(layers[i].n, poles.count));
+    for_kernel = std::max(
+        for_kernel, kernel.workspace_bytes(arrangement_of(layers[i]), layers[i].n, poles.count));
   }
   const Workspaces workspaces(for_grams + for_kernel, plan.workers);
   parallel(plan.workers, static_cast<long>(plan.tasks.size()), [&](int worker, long i) {
     const Solve& task = plan.tasks[i];
     const GramLayer<double, M>& layer = layers[task.layer];
+    const Arrangement arrangement = arrangement_of(layer);
+    const long end = task.first + task.count, step = together(arrangement);
     char* memory = static_cast<char*>(workspaces[worker]);
-    for (long first = task.first; first < task.first + task.count; first += together(layer.n)) {
+    for (long first = task.first; first < end; first += step) {
       GramLayer<double, M> part = layer;
-      part.batch = std::min<long>(together(layer.n), task.first + task.count - first);
+      part.batch = std::min(step, end - first);
       grams(task.layer, first, static_cast<int>(part.batch), memory);
       part.gram = reinterpret_cast<const double*>(memory);
       part.h += first;
       if (part.m != nullptr) part.m += first * layer.n * layer.n;
-      kernel.run(part, poles, memory + for_grams);
+      kernel.run(arrangement, part, poles, memory + for_grams);
     }
   });
 }
 
-long arranged_bytes(int n) { return arranged_doubles(n) * static_cast<long>(sizeof(double)); }
+template <typename M>
+long arranged_bytes(const GramLayer<double, M>& layer) {
+  return arranged_doubles(arrangement_of(layer), layer.n) * static_cast<long>(sizeof(double));
+}
 
 // As they were given.
 template <typename M>
 struct GivenGrams {
   const GramLayer<double, M>* layers;
 
-  long bytes(int i) const { return arranged_bytes(layers[i].n); }
+  long bytes(int i) const { return arranged_bytes(layers[i]); }
   double nanoseconds(int) const { return 0; }
   void operator()(int i, long first, int count, void* memory) const {
     const int n = layers[i].n;
     const double* grams = layers[i].gram + first * n * n;
-    SES_KERNELS_HERE(rational_kernel<M>).arrange(grams, count, n, static_cast<double*>(memory));
+    SES_KERNELS_HERE(rational_kernel<M>)
+        .arrange(arrangement_of(layers[i]), grams, count, n, static_cast<double*>(memory));
   }
 };
 
@@ -253,7 +265,8 @@ struct MadeGrams {
   const GramKernels<T, T>& kernels;
 
   long bytes(int i) const {
-    return arranged_bytes(layers[i].result.n) + kernels.arranged_bytes(layers[i].result.n);
+    const auto& result = layers[i].result;
+    return arranged_bytes(result) + kernels.arranged_bytes(arrangement_of(result), result.n);
   }
   double nanoseconds(int i) const {
     const long n = layers[i].result.n;
@@ -268,8 +281,9 @@ struct MadeGrams {
           kernels.locate(x, b, 0, x.columns, center ? x.x + b * x.matrix_stride : nullptr,
                          center ? layer.location + 2 * b * x.columns : nullptr));
     const Standard<T> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
-    kernels.gram_arranged(x, standard, layer.side, first, count, static_cast<double*>(memory),
-                          static_cast<char*>(memory) + arranged_bytes(layer.result.n));
+    kernels.gram_arranged(arrangement_of(layer.result), x, standard, layer.side, first, count,
+                          static_cast<double*>(memory),
+                          static_cast<char*>(memory) + arranged_bytes(layer.result));
   }
 };
 

@@ -307,14 +307,16 @@ void gram_lanes(const Samples<X>& samples, const Standard<L>& standard, Side sid
 
 // ---- in the arrangement that the rational solver takes ----
 
-long arranged_bytes(long n) { return n <= kMaxNLanes ? lanes_bytes(n) : packed_bytes(n); }
+long arranged_bytes(Arrangement arrangement, long n) {
+  return arrangement == Arrangement::kInterleaved ? lanes_bytes(n) : packed_bytes(n);
+}
 
 template <typename X, typename L>
-void gram_arranged(const Samples<X>& samples, const Standard<L>& standard, Side side, long first,
-                   int count, double* grams, void* workspace) {
+void gram_arranged(Arrangement arrangement, const Samples<X>& samples, const Standard<L>& standard,
+                   Side side, long first, int count, double* grams, void* workspace) {
   Panel* out = reinterpret_cast<Panel*>(grams);
   Panel* packed = static_cast<Panel*>(workspace);
-  if ((side == Side::kSamples ? samples.rows : samples.columns) <= kMaxNLanes)
+  if (arrangement == Arrangement::kInterleaved)
     gram_lanes(samples, standard, side, first, count, out, packed);
   else
     gram_panels(samples, standard, side, first, 0, 1, out, packed);

@@ -47,10 +47,11 @@ struct GramKernels {
   void (*gram_float)(const Samples<X>& samples, const Standard<L>& standard, Side side, long matrix,
                      int part, int parts, float* gram, void* workspace);
 
-  // K of matrices [first, first + count), count <= together(n), arranged.
-  long (*arranged_bytes)(long n);
-  void (*gram_arranged)(const Samples<X>& samples, const Standard<L>& standard, Side side,
-                        long first, int count, double* grams, void* workspace);
+  // K of matrices [first, first + count), as many as go together.
+  long (*arranged_bytes)(Arrangement arrangement, long n);
+  void (*gram_arranged)(Arrangement arrangement, const Samples<X>& samples,
+                        const Standard<L>& standard, Side side, long first, int count,
+                        double* grams, void* workspace);
 
   // The share `part` of coefficient M Xs or coefficient Xs M, in the arithmetic of L; m [n, n]
   // symmetric, out [rows, columns] contiguous.

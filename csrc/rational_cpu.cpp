@@ -23,22 +23,24 @@ namespace {
 using P = Pack<double, kRegisterBytes, 64 / kRegisterBytes>;
 static_assert(P::kLanes == kLanes, "registers as many as it takes");
 
-long workspace_bytes(int n, int poles) {
-  return n <= kMaxNLanes ? LaneWorkspace<P>::bytes(n) : PanelWorkspace<P>::bytes(n, poles);
+long workspace_bytes(Arrangement arrangement, int n, int poles) {
+  return arrangement == Arrangement::kInterleaved ? LaneWorkspace<P>::bytes(n)
+                                                  : PanelWorkspace<P>::bytes(n, poles);
 }
 
-void arrange(const double* grams, int count, int n, double* out) {
-  if (n <= kMaxNLanes)
+void arrange(Arrangement arrangement, const double* grams, int count, int n, double* out) {
+  if (arrangement == Arrangement::kInterleaved)
     interleave(grams, count, n, reinterpret_cast<P*>(out));
   else
     to_panels(grams, n, reinterpret_cast<P*>(out));
 }
 
 template <typename M>
-void run(const GramLayer<double, M>& layer, const Poles& poles, void* workspace) {
+void run(Arrangement arrangement, const GramLayer<double, M>& layer, const Poles& poles,
+         void* workspace) {
   const PaddedPoles<double> padded(poles);
   const P* gram = reinterpret_cast<const P*>(layer.gram);
-  if (layer.n <= kMaxNLanes)
+  if (arrangement == Arrangement::kInterleaved)
     rational(gram, layer.h, layer.m, static_cast<int>(layer.batch), layer.n, layer.center, padded,
              workspace);
   else

@@ -14,12 +14,14 @@ void rational_cpu(const GramLayer<double, M>* layers, int count, const Poles& po
 
 template <typename M>
 struct RationalKernel {
-  // [count, n, n], count <= together(n), to their arrangement; reads the lower triangles. Lanes
-  // left over get the first matrix.
-  void (*arrange)(const double* grams, int count, int n, double* out);
-  long (*workspace_bytes)(int n, int poles);
-  // At most together(n) matrices, arranged; their gram and the workspace are aligned to 64 bytes.
-  void (*run)(const GramLayer<double, M>& layer, const Poles& poles, void* workspace);
+  // [count, n, n], as many as go together; reads the lower triangles. Lanes left over get the first
+  // matrix.
+  void (*arrange)(Arrangement arrangement, const double* grams, int count, int n, double* out);
+  long (*workspace_bytes)(Arrangement arrangement, int n, int poles);
+  // As many matrices as go together, arranged; their gram and the workspace are aligned to 64
+  // bytes.
+  void (*run)(Arrangement arrangement, const GramLayer<double, M>& layer, const Poles& poles,
+              void* workspace);
 };
 
 SES_DECLARE_FOR_EACH_ISA(template <typename M> const RationalKernel<M>& rational_kernel();)

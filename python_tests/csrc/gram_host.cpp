@@ -145,23 +145,23 @@ struct Workspace {
 
 // Arranged for the rational solver, K has the same bits.
 template <typename X, typename L>
-void check_arranged(const ses::GramKernels<X, L>& kernels, const Inputs<X, L>& in,
-                    Outputs<X, L>& out) {
+void check_arranged(ses::Arrangement arrangement, const ses::GramKernels<X, L>& kernels,
+                    const Inputs<X, L>& in, Outputs<X, L>& out) {
   const Shape& s = in.shape;
-  const long n = s.n(), step = ses::together(static_cast<int>(n));
+  const long n = s.n(), step = ses::together(arrangement);
   const long rows = (n + ses::kLanes - 1) / ses::kLanes * ses::kLanes;
-  const Workspace packed(kernels.arranged_bytes(n));
-  const Workspace grams(ses::arranged_doubles(n) * static_cast<long>(sizeof(double)));
+  const Workspace packed(kernels.arranged_bytes(arrangement, n));
+  const Workspace grams(ses::arranged_doubles(arrangement, n) * static_cast<long>(sizeof(double)));
   for (long first = 0; first < s.batch; first += step) {
     const long count = std::min(step, s.batch - first);
     double* k = static_cast<double*>(grams.poisoned());
-    kernels.gram_arranged(in.samples(), out.standard(s), s.side, first, static_cast<int>(count), k,
-                          packed.poisoned());
+    kernels.gram_arranged(arrangement, in.samples(), out.standard(s), s.side, first,
+                          static_cast<int>(count), k, packed.poisoned());
     for (long b = 0; b < count; ++b)
       for (long i = 0; i < n; ++i)
         for (long j = 0; j <= i; ++j) {
           const long panel = j / ses::kLanes;
-          const double got = n <= ses::kMaxNLanes
+          const double got = arrangement == ses::Arrangement::kInterleaved
                                  ? k[(i * n + j) * ses::kLanes + b]
                                  : k[(panel * rows + i) * ses::kLanes + j % ses::kLanes];
           const double expected = out.wide[((first + b) * n + i) * n + j];
@@ -191,7 +191,8 @@ Outputs<X, L> by_kernels(const ses::GramKernels<X, L>& kernels, const Inputs<X, 
                        parts, &out.gradient[b * s.rows * s.columns], products.poisoned());
     }
   }
-  check_arranged(kernels, in, out);
+  check_arranged(ses::Arrangement::kPanels, kernels, in, out);
+  if (n <= ses::kMaxNInterleaved) check_arranged(ses::Arrangement::kInterleaved, kernels, in, out);
   return out;
 }
 

@@ -126,9 +126,12 @@ struct Layer {
         h(batch, 7.0),
         m(gram.size(), M(7)) {}
   Layer unsolved() const { return Layer(n, center, gram); }
-  Layer alone(long b) const {
+  Layer copies_of(long b, long count) const {
     const long size = static_cast<long>(n) * n;
-    return Layer(n, center, {gram.begin() + b * size, gram.begin() + (b + 1) * size});
+    std::vector<double> copies;
+    for (long i = 0; i < count; ++i)
+      copies.insert(copies.end(), gram.begin() + b * size, gram.begin() + (b + 1) * size);
+    return Layer(n, center, copies);
   }
   ses::GramLayer<double, M> pointers(bool with_m = true) {
     return {gram.data(), h.data(), with_m ? m.data() : nullptr, batch, n, center};
@@ -155,8 +158,8 @@ std::vector<double> mixture(int n) {
 
 // H, and K M: M alone is the logarithm of rounding in the null space.
 template <typename M>
-void check(const Layer<M>& layer, long b, const ses::Poles& poles) {
-  const int n = layer.n, spectrum = spectrum_of(b);
+void check(const Layer<M>& layer, long b, int spectrum, const ses::Poles& poles) {
+  const int n = layer.n;
   const double h = layer.h[b];
   const double* k = &layer.gram[b * n * n];
   const M* m = &layer.m[b * n * n];
@@ -225,17 +228,21 @@ template <typename M>
 Layer<M> by_kernel(const ses::RationalKernel<M>& kernel, const Layer<M>& in,
                    const ses::Poles& poles) {
   Layer<M> layer = in.unsolved();
-  const long n = layer.n, step = ses::together(layer.n);
+  const long n = layer.n;
+  const ses::Arrangement arrangement = ses::arrangement_of(n, layer.batch);
+  const long step = ses::together(arrangement);
   for (long first = 0; first < layer.batch; first += step) {
     ses::GramLayer<double, M> part = layer.pointers();
     part.batch = std::min(step, layer.batch - first);
-    const Poisoned arranged(ses::arranged_doubles(n) * static_cast<long>(sizeof(double)));
-    kernel.arrange(part.gram + first * n * n, static_cast<int>(part.batch), layer.n,
+    const Poisoned arranged(ses::arranged_doubles(arrangement, n) *
+                            static_cast<long>(sizeof(double)));
+    kernel.arrange(arrangement, part.gram + first * n * n, static_cast<int>(part.batch), layer.n,
                    static_cast<double*>(arranged.memory));
     part.gram = static_cast<const double*>(arranged.memory);
     part.h += first;
     part.m += first * n * n;
-    kernel.run(part, poles, Poisoned(kernel.workspace_bytes(layer.n, poles.count)).memory);
+    kernel.run(arrangement, part, poles,
+               Poisoned(kernel.workspace_bytes(arrangement, layer.n, poles.count)).memory);
   }
   return layer;
 }
@@ -274,10 +281,13 @@ template <typename M>
 Layer<M> check_bits(const Layer<M>& in, const ses::Poles& poles) {
   Layer<M> layer = in.unsolved();
   solve(layer, poles, 1);
+  constexpr long kFew = ses::kLanes / 2;  // the least that are arranged as the whole batch is
   for (long b = 0; b < layer.batch; ++b) {
-    Layer<M> one = layer.alone(b);
-    solve(one, poles, 1);
-    if (!layer.same(one, b, 0)) fail("batch mates change the bits", spectrum_of(b), in.n, one.h[0]);
+    Layer<M> few = layer.copies_of(b, kFew);
+    solve(few, poles, 1);
+    for (long i = 0; i < kFew; ++i)
+      if (!layer.same(few, b, i))
+        fail("batch mates change the bits", spectrum_of(b), in.n, few.h[i]);
   }
   Layer<M> entropy = in.unsolved();
   solve(entropy, poles, 2, false);
@@ -306,12 +316,18 @@ void check_all(const ses::Poles& poles) {
     const Layer<M> in(n, false, mixture(n)), to_center(n, true, in.gram);
     const Layer<M> layer = check_bits(in, poles), centered = check_bits(to_center, poles);
     for (long b = 0; b < layer.batch; ++b) {
-      check(layer, b, poles);
+      check(layer, b, spectrum_of(b), poles);
       check_centered(centered, layer, b);
+      Layer<M> alone = layer.copies_of(b, 1), pair = layer.copies_of(b, 2);  // in panels
+      solve(alone, poles, 1);
+      solve(pair, poles, 2);
+      check(alone, 0, spectrum_of(b), poles);
+      if (!alone.same(pair, 0, 0) || !alone.same(pair, 0, 1))
+        fail("two differ from one", spectrum_of(b), n, alone.h[0]);
     }
 #if defined(SES_X86)
     const Layer<M> portable = by_kernel(ses::portable::rational_kernel<M>(), in, poles);
-    for (long b = 0; b < layer.batch; ++b) check(portable, b, poles);
+    for (long b = 0; b < layer.batch; ++b) check(portable, b, spectrum_of(b), poles);
 #endif
     together.push_back(n % 2 == 0 ? layer : centered);
   }
