@@ -1,5 +1,5 @@
-// log P by partial fractions for a pack of matrices, one a lane, where their columns are too short
-// to fill the lanes. The method is that of rational_panels.h, one reflection at a time.
+// log P by partial fractions for a pack of matrices, one a lane: the faster way for a batch of them
+// (arrangement.h). The method is that of rational_panels.h, one reflection at a time.
 //
 // Included inside an ISA namespace, after householder.h, tile.h and poles.h.
 
