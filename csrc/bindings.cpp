@@ -32,6 +32,16 @@ void check_itemsize(int itemsize) {
     refuse("itemsize must be 4 (float32) or 8 (float64), got " + std::to_string(itemsize));
 }
 
+// f(float()) or f(double())
+template <typename F>
+void with_number(int itemsize, F f) {
+  check_itemsize(itemsize);
+  if (itemsize == sizeof(float))
+    f(float());
+  else
+    f(double());
+}
+
 void check_sizes(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n,
                  int itemsize, int max_n, const std::string& where) {
   check_itemsize(itemsize);
@@ -63,11 +73,10 @@ void eigh_cpu(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, 
   check_sizes(a, w, v, batch, n, itemsize, ses::kMaxNCpu, "the CPU");
   check_threads(threads);
   const py::gil_scoped_release release;
-  if (itemsize == sizeof(float))
-    ses::eigh_cpu(pointer<const float>(a), pointer<float>(w), pointer<float>(v), batch, n, threads);
-  else
-    ses::eigh_cpu(pointer<const double>(a), pointer<double>(w), pointer<double>(v), batch, n,
-                  threads);
+  with_number(itemsize, [&](auto number) {
+    using T = decltype(number);
+    ses::eigh_cpu(pointer<const T>(a), pointer<T>(w), pointer<T>(v), batch, n, threads);
+  });
 }
 
 int max_n_cuda(int device, int itemsize) {
@@ -80,12 +89,11 @@ void eigh_cuda(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch,
   check_sizes(a, w, v, batch, n, itemsize, max_n_cuda(device, itemsize),
               "CUDA device " + std::to_string(device));
   const py::gil_scoped_release release;
-  if (itemsize == sizeof(float))
-    ses::eigh_cuda(pointer<const float>(a), pointer<float>(w), pointer<float>(v), batch, n, device,
+  with_number(itemsize, [&](auto number) {
+    using T = decltype(number);
+    ses::eigh_cuda(pointer<const T>(a), pointer<T>(w), pointer<T>(v), batch, n, device,
                    pointer<void>(stream));
-  else
-    ses::eigh_cuda(pointer<const double>(a), pointer<double>(w), pointer<double>(v), batch, n,
-                   device, pointer<void>(stream));
+  });
 }
 
 // ---- samples: x by address, strides in elements and shape ----
@@ -148,10 +156,10 @@ void gram(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride, lo
                  const ses::Standard<L> standard{pointer<const L>(location), location_stride,
                                                  location_row_stride, pointer<const L>(scale)};
                  const py::gil_scoped_release release;
-                 if (out_itemsize == sizeof(float))
-                   ses::gram_cpu(s, standard, side_of(by_samples), pointer<float>(out), threads);
-                 else
-                   ses::gram_cpu(s, standard, side_of(by_samples), pointer<double>(out), threads);
+                 with_number(out_itemsize, [&](auto k) {
+                   ses::gram_cpu(s, standard, side_of(by_samples), pointer<decltype(k)>(out),
+                                 threads);
+                 });
                });
 }
 
@@ -203,18 +211,13 @@ ses::Poles poles(double c, const std::vector<double>& t, const std::vector<doubl
 
 void rational_cpu(const std::vector<LayerTuple>& layers, int m_itemsize, double c,
                   const std::vector<double>& t, const std::vector<double>& w, int threads) {
-  check_itemsize(m_itemsize);
   check_threads(threads);
   const ses::Poles set = poles(c, t, w);
-  const auto run = [&](auto number) {
+  with_number(m_itemsize, [&](auto number) {
     const auto checked = gram_layers<double, decltype(number)>(layers, INT_MAX);
     const py::gil_scoped_release release;
     ses::rational_cpu(checked.data(), static_cast<int>(checked.size()), set, threads);
-  };
-  if (m_itemsize == sizeof(float))
-    run(float());
-  else
-    run(double());
+  });
 }
 
 // (x, matrix stride, row stride, batch, rows, columns, by samples, location or 0, scale, h, m or 0)
@@ -245,18 +248,13 @@ std::vector<ses::SampleLayer<T>> sample_layers(const std::vector<SampleTuple>& t
 void rational_from_samples_cpu(const std::vector<SampleTuple>& layers, int itemsize, double c,
                                const std::vector<double>& t, const std::vector<double>& w,
                                int threads) {
-  check_itemsize(itemsize);
   check_threads(threads);
   const ses::Poles set = poles(c, t, w);
-  const auto run = [&](auto number) {
+  with_number(itemsize, [&](auto number) {
     const auto checked = sample_layers<decltype(number)>(layers);
     const py::gil_scoped_release release;
     ses::rational_from_samples_cpu(checked.data(), static_cast<int>(checked.size()), set, threads);
-  };
-  if (itemsize == sizeof(float))
-    run(float());
-  else
-    run(double());
+  });
 }
 
 using CudaLayers = std::vector<ses::GramLayer<float, float>>;

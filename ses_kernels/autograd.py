@@ -72,7 +72,7 @@ class SpectralEntropyFunction(torch.autograd.Function):
     @_without_autocast
     def forward(options, *xs):  # L x (b, B, d)
         hs, ms, locations, scales = zip(*solvers.solve(xs, options), strict=True)
-        hs = [h.to(_result_dtype(x)) for h, x in zip(hs, xs, strict=True)]
+        hs = [h.to(ops.widened(x)) for h, x in zip(hs, xs, strict=True)]
         return (*hs, *ms, *locations, *scales)
 
     @staticmethod
@@ -114,7 +114,7 @@ class ForwardModeFunction(SpectralEntropyFunction):
                 tangent = torch.zeros_like(x)
             # dH = <dH/dx, dx>
             gradient = _gradient(ctx.options, torch.ones_like(scale), x, m, location, scale)
-            outs.append((gradient.to(scale.dtype) * tangent).sum((-2, -1)).to(_result_dtype(x)))
+            outs.append((gradient.to(scale.dtype) * tangent).sum((-2, -1)).to(ops.widened(x)))
         return *outs, *[None] * (3 * layers)
 
     @staticmethod
@@ -178,10 +178,6 @@ def _fold_batch(size, in_dims, tensors):
         for t, dim in zip(tensors, in_dims, strict=True)
     )
     return [t.flatten(0, 1) for t in moved]
-
-
-def _result_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @_without_autocast

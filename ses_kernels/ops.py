@@ -84,6 +84,11 @@ def smaller_side(x: Tensor) -> str:
     return "samples" if x.shape[1] <= x.shape[2] else "features"
 
 
+def widened(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64: what x is computed in unless small values matter."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _gram_missing(x: Tensor, compute: torch.dtype) -> str | None:
     if compute == torch.float64:
         return "the Gram kernels compute in float32, and this call computes in float64"
@@ -211,7 +216,7 @@ def _rational_torch(grams, center, dtype, gradient, backend):
 
 
 def _rational_from_samples_in_steps(xs, center, gradient, backend):
-    compute = _compute_dtype(xs)
+    compute = widened(xs[0])
     sides = [smaller_side(x) for x in xs]
     located = [location_scale(x, x[:, :1] if center else x[:, :0], compute, backend) for x in xs]
     dtype = rational_gram_dtype(xs[0].device, compute)
@@ -221,10 +226,6 @@ def _rational_from_samples_in_steps(xs, center, gradient, backend):
     centered = [center and side == "samples" for side in sides]
     results = rational(grams, centered, compute, gradient, backend)
     return results + [location for location, _ in located] + [scale for _, scale in located]
-
-
-def _compute_dtype(xs) -> torch.dtype:
-    return torch.float64 if xs[0].dtype == torch.float64 else torch.float32
 
 
 def _eigh_torch(a, backend):
@@ -325,15 +326,8 @@ def _rational_cpu(grams, center, dtype, gradient, backend):
     return outputs
 
 
-def _rational_from_samples_missing(xs: list[Tensor]) -> str | None:
-    for x in xs:
-        if missing := _samples_missing(x):
-            return missing
-    return None
-
-
 def _rational_from_samples_cpu(xs, center, gradient, backend):
-    if not _fused(backend, _rational_from_samples_missing(xs)):
+    if not _fused(backend, next(filter(None, map(_samples_missing, xs)), None)):
         return _rational_from_samples_in_steps(xs, center, gradient, backend)
     outputs = _rational_from_samples_fake(xs, center, gradient, backend)
     layers = [
@@ -344,7 +338,7 @@ def _rational_from_samples_cpu(xs, center, gradient, backend):
         for i, x in enumerate(xs)
         for h, m, location, scale in [outputs[i :: len(xs)]]
     ]  # fmt: skip
-    compute = _compute_dtype(xs)
+    compute = widened(xs[0])
     _C.rational_from_samples_cpu(
         layers, compute.itemsize,
         *partial_fractions.columns(torch.float64, compute), torch.get_num_threads(),
@@ -482,11 +476,11 @@ def _rational_fake(grams, center, dtype, gradient, backend):
 
 
 def _rational_from_samples_fake(xs, center, gradient, backend):
-    compute = _compute_dtype(xs)
+    compute = widened(xs[0])
     hs, ms, locations, scales = [], [], [], []
     for x in xs:
         b, rows, columns = x.shape
-        n = (rows if smaller_side(x) == "samples" else columns) if gradient else 0
+        n = min(rows, columns) if gradient else 0
         hs.append(x.new_empty(b, dtype=rational_gram_dtype(x.device, compute)))
         ms.append(x.new_empty(b, n, n, dtype=compute))
         locations.append(x.new_empty(b, 2 if center else 0, columns, dtype=compute))

@@ -47,8 +47,8 @@ def solver_for(x: Tensor, options) -> str:
 
 def compute_dtype(x: Tensor, options) -> torch.dtype:
     """That of location, scale and M."""
-    double = x.dtype == torch.float64 or small_values_matter(options.power, options.order)
-    return torch.float64 if double else torch.float32
+    sensitive = small_values_matter(options.power, options.order)
+    return torch.float64 if sensitive else ops.widened(x)
 
 
 # ---- the Gram matrix ------------------------------------------------------------------------
