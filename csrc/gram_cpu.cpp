@@ -116,8 +116,11 @@ struct Standardized {
     const X* x;
     long row_stride, count;
     P anchor, offset, scale;
-    P operator[](long row) const {
-      return ((load<P>(x + row * row_stride, count) - anchor) - offset) * scale;
+    P operator[](long row) const { return standardized<false>(x + row * row_stride); }
+    template <bool kWhole>
+    P standardized(const X* from) const {
+      const P values = kWhole ? load<P>(from) : load<P>(from, count);
+      return ((values - anchor) - offset) * scale;
     }
   };
   template <typename P>
@@ -254,6 +257,27 @@ long lanes_bytes(long n) {
   return rows * lanes_chunk(rows) * static_cast<long>(sizeof(Panel));
 }
 
+// Xs of eight matrices, one a lane: entry (first_row + i, column + j) to out[i * down + j * right],
+// for eight columns or those that there are.
+template <bool kWhole, typename X, typename L>
+void pack_lanes(const Samples<X>& samples, const Standard<L>& standard, long first, int count,
+                long column, long first_row, long rows, Panel* out, long down, long right) {
+  using P = Panel;
+  typename Standardized<X, L>::template Columns<P> at[kPanel];
+  for (int lane = 0; lane < kPanel; ++lane)
+    at[lane] = Standardized<X, L>(samples, standard, first + (lane < count ? lane : 0))
+                   .template at<P>(column);
+  for (long i = 0; i < rows; ++i) {
+    const long row = (first_row + i) * samples.row_stride;
+    P block[kPanel];
+    for (int lane = 0; lane < kPanel; ++lane)
+      block[lane] = at[lane].template standardized<kWhole>(at[lane].x + row);
+    Square<P>::transpose(block, block);
+    for (int j = 0; j < kPanel; ++j)
+      if (kWhole || j < at[0].count) out[i * down + j * right] = block[j];
+  }
+}
+
 template <typename X, typename L>
 void gram_lanes(const Samples<X>& samples, const Standard<L>& standard, Side side, long first,
                 int count, Panel* k, Panel* packed) {
@@ -266,22 +290,12 @@ void gram_lanes(const Samples<X>& samples, const Standard<L>& standard, Side sid
 
   for (long begin = 0; begin < depth; begin += step) {
     const long length = depth - begin < step ? depth - begin : step;
-    // Eight columns of a row of eight matrices at a time
-    const long columns = by_samples ? length : n;
+    const long columns = by_samples ? length : n, down = by_samples ? 1 : rows;
+    const long right = by_samples ? rows : 1;
     for (long c = 0; c < columns; c += kPanel) {
-      typename Standardized<X, L>::template Columns<P> at[kPanel];
-      for (int lane = 0; lane < kPanel; ++lane)
-        at[lane] = Standardized<X, L>(samples, standard, first + (lane < count ? lane : 0))
-                       .template at<P>(by_samples ? begin + c : c);
-      const long inside = columns - c < kPanel ? columns - c : kPanel;
-      for (long r = 0; r < (by_samples ? n : length); ++r) {
-        P block[kPanel];
-        for (int lane = 0; lane < kPanel; ++lane)
-          block[lane] = at[lane][by_samples ? r : begin + r];
-        Square<P>::transpose(block, block);
-        for (int i = 0; i < inside; ++i)
-          packed[by_samples ? (c + i) * rows + r : r * rows + c + i] = block[i];
-      }
+      const auto pack = columns - c < kPanel ? pack_lanes<false, X, L> : pack_lanes<true, X, L>;
+      pack(samples, standard, first, count, by_samples ? begin + c : c, by_samples ? 0 : begin,
+           by_samples ? n : length, packed + c * right, down, right);
     }
     for (long i = 0; i < length; ++i)
       for (long r = n; r < rows; ++r) packed[i * rows + r] = P::broadcast(0);

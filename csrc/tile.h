@@ -18,6 +18,20 @@ constexpr int kTileRows = 2, kTilePanels = 1;
 #endif
 static_assert(kPanel % kTileRows == 0, "a tile is a whole number of register tiles");
 
+// GCC would widen one half after the other, and join them.
+template <typename Out, typename In>
+SES_INLINE Out widen(In x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Out) == sizeof(__m512d) && sizeof(In) == sizeof(__m256))
+    return _mm512_maskz_cvtps_pd(0xff, x);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(Out) == sizeof(__m256d) && sizeof(In) == sizeof(__m128))
+    return _mm256_cvtps_pd(x);
+#endif
+  return __builtin_convertvector(x, Out);
+}
+
 // As many numbers as there are lanes, converted to P's.
 template <typename P, typename X>
 SES_INLINE P load(const X* x) {
@@ -28,7 +42,7 @@ SES_INLINE P load(const X* x) {
   for (unsigned i = 0; i < sizeof(y.r) / sizeof(y.r[0]); ++i) {
     In in;
     __builtin_memcpy(&in, x + i * kLanes, sizeof(in));
-    y.r[i] = __builtin_convertvector(in, Vec);
+    y.r[i] = widen<Vec>(in);
   }
   return y;
 }
