@@ -166,10 +166,10 @@ void gram(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride, lo
 void gram_backward(std::uintptr_t m, std::uintptr_t x, int x_itemsize, int itemsize,
                    long matrix_stride, long row_stride, long batch, long rows, long columns,
                    std::uintptr_t location, long location_stride, long location_row_stride,
-                   std::uintptr_t scale, std::uintptr_t coefficient, bool by_samples,
+                   std::uintptr_t scale, std::uintptr_t g, long g_stride, bool by_samples,
                    std::uintptr_t out, int threads) {
   check_threads(threads);
-  check_not_null("m, scale and coefficient", {m, scale, coefficient});
+  check_not_null("m, scale and g", {m, scale, g});
   check_not_null("out", {out});
   with_samples(x, x_itemsize, itemsize, matrix_stride, row_stride, batch, rows, columns,
                [&](const auto& s, auto number) {
@@ -178,9 +178,8 @@ void gram_backward(std::uintptr_t m, std::uintptr_t x, int x_itemsize, int items
                  const ses::Standard<L> standard{pointer<const L>(location), location_stride,
                                                  location_row_stride, pointer<const L>(scale)};
                  const py::gil_scoped_release release;
-                 ses::gram_backward_cpu(pointer<const L>(m), s, standard,
-                                        pointer<const L>(coefficient), side_of(by_samples),
-                                        pointer<X>(out), threads);
+                 ses::gram_backward_cpu(pointer<const L>(m), s, standard, pointer<const L>(g),
+                                        g_stride, side_of(by_samples), pointer<X>(out), threads);
                });
 }
 
@@ -328,7 +327,7 @@ PYBIND11_MODULE(_C, m) {
         "centring -> location (batch, 2, columns) and scale (batch,).");
   m.def("gram", &gram, "x, location (0 for no centring) and scale -> K (batch, n, n).");
   m.def("gram_backward", &gram_backward,
-        "m (batch, n, n), x, location, scale, coefficient (batch,) -> out (batch, rows, columns).");
+        "m (batch, n, n), x, location, scale, g (batch,) -> out (batch, rows, columns).");
   m.def("rational_cpu", &rational_cpu,
         "[(gram, h, m or 0, batch, n, center)], float64 grams -> H (batch,) and M (batch, n, n).");
   m.def(

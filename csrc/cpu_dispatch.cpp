@@ -344,8 +344,8 @@ void gram_cpu(const Samples<X>& x, const Standard<L>& standard, Side side, K* gr
 }
 
 template <typename X, typename L>
-void gram_backward_cpu(const L* m, const Samples<X>& x, const Standard<L>& standard,
-                       const L* coefficient, Side side, X* out, int threads) {
+void gram_backward_cpu(const L* m, const Samples<X>& x, const Standard<L>& standard, const L* g,
+                       long g_stride, Side side, X* out, int threads) {
   const GramKernels<X, L>& kernels = SES_KERNELS_HERE(gram_kernels<X, L>);
   const long n = side == Side::kSamples ? x.rows : x.columns;
   const long other = side == Side::kSamples ? x.columns : x.rows;
@@ -353,7 +353,8 @@ void gram_backward_cpu(const L* m, const Samples<X>& x, const Standard<L>& stand
   const Workspaces workspaces(kernels.backward_bytes(n), shares.workers);
   parallel(shares.workers, shares.tasks, [&](int worker, long task) {
     shares.each(task, x.batch, [&](long b, int part) {
-      kernels.backward(m + b * n * n, x, standard, coefficient[b], side, b, part,
+      const L coefficient = 2 * standard.scale[b] * g[b * g_stride];
+      kernels.backward(m + b * n * n, x, standard, coefficient, side, b, part,
                        static_cast<int>(shares.parts), out + b * x.rows * x.columns,
                        workspaces[worker]);
     });
@@ -364,8 +365,8 @@ void gram_backward_cpu(const L* m, const Samples<X>& x, const Standard<L>& stand
   template void location_scale_cpu(const Samples<X>&, const X*, long, L*, L*, int);                \
   template void gram_cpu(const Samples<X>&, const Standard<L>&, Side, float*, int);                \
   template void gram_cpu(const Samples<X>&, const Standard<L>&, Side, double*, int);               \
-  template void gram_backward_cpu(const L*, const Samples<X>&, const Standard<L>&, const L*, Side, \
-                                  X*, int);
+  template void gram_backward_cpu(const L*, const Samples<X>&, const Standard<L>&, const L*, long, \
+                                  Side, X*, int);
 SES_INSTANTIATE(float, float)
 SES_INSTANTIATE(float, double)
 SES_INSTANTIATE(double, double)

@@ -74,8 +74,10 @@ template <typename X, typename L, typename K>
 void gram_cpu(const Samples<X>& samples, const Standard<L>& standard, Side side, K* gram,
               int threads);
 
+// 2 g scale M Xs or 2 g scale Xs M for each matrix: the gradient of g f(K) with respect to x, where
+// M is that of f with respect to K.
 template <typename X, typename L>
 void gram_backward_cpu(const L* m, const Samples<X>& samples, const Standard<L>& standard,
-                       const L* coefficient, Side side, X* out, int threads);
+                       const L* g, long g_stride, Side side, X* out, int threads);
 
 }  // namespace ses

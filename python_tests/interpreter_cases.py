@@ -53,43 +53,44 @@ def poison(monkeypatch):
 
 
 def run(x, side, center=True, seed=0):
-    """The three launchers in a row; G and coef are random, G symmetric."""
+    """The three launchers in a row; dk and g are random, dk symmetric, g with gaps."""
     location, scale = kernels.location_scale(x, x[:, 0].float() if center else None)
     gram = kernels.gram(x, location, scale, side)
     generator = torch.Generator().manual_seed(seed)
-    g = torch.randn(gram.shape, generator=generator)
-    g = g + g.mT
-    coef = torch.rand(len(x), generator=generator) + 0.5
-    dx = kernels.gram_backward(g, x, location, scale, coef, side)
+    dk = torch.randn(gram.shape, generator=generator)
+    dk = dk + dk.mT
+    g = torch.rand(2 * len(x), generator=generator)[::2] + 0.5
+    dx = kernels.gram_backward(dk, x, location, scale, g, side)
     assert gram.dtype == torch.float32
     assert dx.dtype == x.dtype
     assert dx.shape == x.shape
     assert dx.is_contiguous()
     assert torch.equal(gram, gram.mT) or gram.isnan().any()
-    return location, scale, gram, g, coef, dx
+    return location, scale, gram, dk, g, dx
 
 
-def exact(x, scale, g, coef, side, center):
+def exact(x, scale, dk, g, side, center):
     """Float64, centred by the projector J = I - 11^T / B and not by subtracting a mean."""
     B = x.shape[1]
     y = x.double() * scale.double()[:, None, None]
     j = torch.eye(B, dtype=torch.float64) - (1 / B if center else 0)
+    factor = 2 * g.double() * scale.double()
     if side == "samples":
         gram = torch.einsum("ij,bjk,blk,lm->bim", j, y, y, j)
-        dx = torch.einsum("b,bij,jk,bkd->bid", coef.double(), g.double(), j, y)
+        dx = torch.einsum("b,bij,jk,bkd->bid", factor, dk.double(), j, y)
     else:
         gram = torch.einsum("bij,ik,bkl->bjl", y, j, y)
-        dx = torch.einsum("b,ij,bjd,bde->bie", coef.double(), j, y, g.double())
+        dx = torch.einsum("b,ij,bjd,bde->bie", factor, j, y, dk.double())
     return gram, dx
 
 
-def plain(x, scale, g, coef, side, center):
+def plain(x, scale, dk, g, side, center):
     """What plain PyTorch does in float32."""
     y = x.float() * scale[:, None, None]
     if center:
         y = y - y.mean(1, keepdim=True)
-    gram, dx = (y @ y.mT, g @ y) if side == "samples" else (y.mT @ y, y @ g)
-    return gram, (coef[:, None, None] * dx).to(x.dtype)
+    gram, dx = (y @ y.mT, dk @ y) if side == "samples" else (y.mT @ y, y @ dk)
+    return gram, ((2 * g * scale)[:, None, None] * dx).to(x.dtype)
 
 
 def errors(outs, refs):
@@ -101,10 +102,10 @@ def errors(outs, refs):
 
 
 def check(x, side, center=True, bar=None):
-    _, scale, gram, g, coef, dx = run(x, side, center)
-    refs = exact(x, scale, g, coef, side, center)
+    _, scale, gram, dk, g, dx = run(x, side, center)
+    refs = exact(x, scale, dk, g, side, center)
     got = errors((gram, dx), refs)
-    base = errors(plain(x, scale, g, coef, side, center), refs)
+    base = errors(plain(x, scale, dk, g, side, center), refs)
     floors = FLOOR, max(FLOOR, torch.finfo(x.dtype).eps)
     for name, e, p, floor in zip(("gram", "dx"), got, base, floors, strict=True):
         limit = 2 * p + floor if bar is None else torch.full_like(p, max(bar, floor))

@@ -428,7 +428,7 @@ def test_all_kernels_from_several_python_threads_at_once():
 
     def work():
         location = x.new_empty(300, 2, 70)
-        scale, coefficient = x.new_empty(300), x.new_ones(300)
+        scale, g = x.new_empty(300), x.new_ones(300)
         gram, out = x.new_empty(300, 40, 40), torch.empty_like(x)
         sizes = x.data_ptr(), 8, 8, *x.stride()[:2], *x.shape
         _C.location_scale(
@@ -437,9 +437,7 @@ def test_all_kernels_from_several_python_threads_at_once():
         standard = location.data_ptr(), 140, 70, scale.data_ptr()
         _C.gram(*sizes, *standard, True, gram.data_ptr(), 8, 2)
         h, m = rational(gram, center=True)
-        _C.gram_backward(
-            m.data_ptr(), *sizes, *standard, coefficient.data_ptr(), True, out.data_ptr(), 2
-        )
+        _C.gram_backward(m.data_ptr(), *sizes, *standard, g.data_ptr(), 1, True, out.data_ptr(), 2)
         return location, scale, gram, h, m, out, *eigh(gram)
 
     expected = work()
@@ -480,7 +478,7 @@ def test_a_forked_child_starts_threads_of_its_own(used):
             _C.gram(*sizes, *standard, True, gram.data_ptr(), 8, 2)
             _C.rational_cpu([layer], 8, *poles, 2)
             _C.gram_backward(
-                m.data_ptr(), *sizes, *standard, scale.data_ptr(), True, out.data_ptr(), 2
+                m.data_ptr(), *sizes, *standard, scale.data_ptr(), 1, True, out.data_ptr(), 2
             )
 
         if {used}:
@@ -549,7 +547,8 @@ ARGUMENTS = {  # 1 stands for an address
         **SAMPLES, **STANDARD, "by_samples": True, "out": 1, "out_itemsize": 4, "threads": 1,
     },
     "gram_backward": {
-        "m": 1, **SAMPLES, **STANDARD, "coefficient": 1, "by_samples": True, "out": 1, "threads": 1,
+        "m": 1, **SAMPLES, **STANDARD, "g": 1, "g_stride": 1,
+        "by_samples": True, "out": 1, "threads": 1,
     },
 }  # fmt: skip
 BAD_SAMPLES = (
@@ -574,13 +573,13 @@ BAD_SAMPLES = (
         ("gram", {"out": 0}, "out must not be null"),
         ("gram", {"out_itemsize": 3}, "itemsize must be 4 .* got 3"),
         ("gram_backward", {"m": 0}, "m.* must not be null"),
-        ("gram_backward", {"coefficient": 0}, "coefficient.* must not be null"),
+        ("gram_backward", {"g": 0}, "g must not be null"),
         ("gram_backward", {"out": 0}, "out must not be null"),
     ],
 )
 def test_bad_arguments_of_the_gram_kernels(function, wrong, message):
     x = torch.zeros(64)
-    addresses = ("x", "anchor", "location", "scale", "m", "coefficient", "out")
+    addresses = ("x", "anchor", "location", "scale", "m", "g", "out")
     arguments = {
         name: x.data_ptr() if value == 1 and name in addresses else value
         for name, value in {**ARGUMENTS[function], **wrong}.items()

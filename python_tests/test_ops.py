@@ -50,10 +50,10 @@ def test_rows_equal_the_formula(shape, dtype, compute, center):
         assert ((gram - expected).abs() <= 32 * eps * size).all()
         m = torch.randn(gram.shape, dtype=compute)
         m = m + m.mT
-        coefficient = torch.rand(shape[0], dtype=compute)
-        got = ops.gram_backward(m, x, location, scale, coefficient, side, backend)
+        g = torch.rand(shape[0], dtype=compute)
+        got = ops.gram_backward(m, x, location, scale, g, side, backend)
         product = m.double() @ xs if side == "samples" else xs @ m.double()
-        expected = product * coefficient[:, None, None]
+        expected = product * (2 * g * scale)[:, None, None]
         assert got.dtype == x.dtype
         tolerance = 64 * max(eps, torch.finfo(dtype).eps) * expected.abs().amax((1, 2)).max()
         assert ((got - expected).abs() <= tolerance).all()
@@ -101,12 +101,12 @@ def test_samples_of_any_strides(side, dtype):
     n = 6 if side == "samples" else 70
     m = torch.randn(3, n, n, dtype=compute)
     m = m + m.mT
-    coefficient = torch.rand(3, dtype=compute)
+    g = torch.rand(3, dtype=compute)
 
     def results(x, backend):
         location, scale = ops.location_scale(x, x[:, :1], compute, backend)
         gram = ops.gram(x, location, scale, side, compute, backend)
-        gradient = ops.gram_backward(m, x, location, scale, coefficient, side, backend)
+        gradient = ops.gram_backward(m, x, location, scale, g, side, backend)
         assert gradient.is_contiguous()
         return location, scale, gram, gradient
 
@@ -125,7 +125,7 @@ def test_small_operands_of_any_strides():
     location, scale = ops.location_scale(x[:1], x[:1, :1], torch.float32, "auto")
     m = torch.randn(1, 5, 5)
     m = m + m.mT
-    coefficient = torch.rand(1)
+    g = torch.rand(1)
 
     def expanded(t):
         return t.expand(4, *t.shape[1:])
@@ -134,15 +134,15 @@ def test_small_operands_of_any_strides():
         wide = torch.full([2 * size for size in (4, *t.shape[1:])], torch.nan)
         return wide[(slice(None, None, 2),) * t.dim()].copy_(expanded(t))
 
-    dense = [expanded(t).contiguous() for t in (m, location, scale, coefficient)]
+    dense = [expanded(t).contiguous() for t in (m, location, scale, g)]
     for backend in backends(x):
         gram = ops.gram(x, dense[1], dense[2], "samples", torch.float64, backend)
         gradient = ops.gram_backward(dense[0], x, *dense[1:], "samples", backend)
         for form in (expanded, gapped):
-            m1, location1, scale1, coefficient1 = map(form, (m, location, scale, coefficient))
+            m1, location1, scale1, g1 = map(form, (m, location, scale, g))
             got = ops.gram(x, location1, scale1, "samples", torch.float64, backend)
             assert torch.equal(got, gram)
-            got = ops.gram_backward(m1, x, location1, scale1, coefficient1, "samples", backend)
+            got = ops.gram_backward(m1, x, location1, scale1, g1, "samples", backend)
             assert torch.equal(got, gradient)
 
 

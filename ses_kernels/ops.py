@@ -2,7 +2,7 @@
 
     location_scale  where x lies and how large it is, in one pass
     gram            K of the standardised x
-    gram_backward   the product of a symmetric n x n matrix with the standardised x
+    gram_backward   g df/dx from M = df/dK: 2 g scale times the product of M with the standardised x
     rational        H and M = dH/dK of Gram matrices, by partial fractions of the logarithm; with
                     ``center``, J M J, J = I - 11^T / n
     rational_from_samples
@@ -186,9 +186,9 @@ def _gram_torch(x, location, scale, side, dtype, backend):
     return gram
 
 
-def _gram_backward_torch(m, x, location, scale, coefficient, side, backend):
+def _gram_backward_torch(m, x, location, scale, g, side, backend):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    m = m * coefficient[:, None, None]  # into scale it would square the size of x: out of range
+    m = m * (2 * scale * g)[:, None, None]  # into scale it would square the size of x: out of range
     for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side):
         factors = (m[matrices], xs) if side == "samples" else (xs, m[matrices])
         block = out[matrices, rows, columns]
@@ -292,15 +292,14 @@ def _gram_cpu(x, location, scale, side, dtype, backend):
     return gram
 
 
-def _gram_backward_cpu(m, x, location, scale, coefficient, side, backend):
+def _gram_backward_cpu(m, x, location, scale, g, side, backend):
     if not _fused(backend, _samples_missing(x)):
-        return _gram_backward_torch(m, x, location, scale, coefficient, side, backend)
-    m, coefficient = m.contiguous(), coefficient.contiguous()
-    location, scale = location.contiguous(), scale.contiguous()
-    out = _gram_backward_fake(m, x, location, scale, coefficient, side, backend)
+        return _gram_backward_torch(m, x, location, scale, g, side, backend)
+    m, location, scale = m.contiguous(), location.contiguous(), scale.contiguous()
+    out = _gram_backward_fake(m, x, location, scale, g, side, backend)
     _C.gram_backward(
         m.data_ptr(), *_samples(x, scale.dtype), *_standard(location, scale),
-        coefficient.data_ptr(), side == "samples", out.data_ptr(), torch.get_num_threads(),
+        g.data_ptr(), g.stride(0), side == "samples", out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -404,13 +403,13 @@ def _gram_cuda(x, location, scale, side, dtype, backend):
     return gram.gram(x, location if location.shape[1] else None, scale, side)
 
 
-def _gram_backward_cuda(m, x, location, scale, coefficient, side, backend):
+def _gram_backward_cuda(m, x, location, scale, g, side, backend):
     if not _fused(backend, _gram_missing(x, scale.dtype)):
-        return _gram_backward_torch(m, x, location, scale, coefficient, side, backend)
+        return _gram_backward_torch(m, x, location, scale, g, side, backend)
     from ses_kernels.kernels import gram
 
     location = location if location.shape[1] else None
-    return gram.gram_backward(m, x, location, scale, coefficient, side)
+    return gram.gram_backward(m, x, location, scale, g, side)
 
 
 def _eigh_outputs(a):  # eigenvectors as rows: transposed, that is torch.linalg.eigh's layout
@@ -464,7 +463,7 @@ def _gram_fake(x, location, scale, side, dtype, backend):
     return x.new_empty(x.shape[0], n, n, dtype=dtype)
 
 
-def _gram_backward_fake(m, x, location, scale, coefficient, side, backend):
+def _gram_backward_fake(m, x, location, scale, g, side, backend):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -511,7 +510,7 @@ _register(
 )
 _register(
     "gram_backward",
-    "(Tensor m, Tensor x, Tensor location, Tensor scale, Tensor coefficient, str side, str backend)"
+    "(Tensor m, Tensor x, Tensor location, Tensor scale, Tensor g, str side, str backend)"
     " -> Tensor",
     fake=_gram_backward_fake,
     default=_gram_backward_torch,

@@ -33,7 +33,7 @@ struct Inputs {
   Shape shape;
   long row_stride;
   std::vector<X> x;
-  std::vector<L> m, coefficient;  // [batch, n, n] symmetric, [batch]
+  std::vector<L> m, g;  // [batch, n, n] symmetric, [batch]
 
   explicit Inputs(const Shape& s) : shape(s), row_stride(s.columns + 5) {
     std::mt19937 random(static_cast<unsigned>(1000 * s.rows + s.columns));
@@ -50,7 +50,8 @@ struct Inputs {
       for (long i = 0; i < n; ++i)
         for (long j = 0; j <= i; ++j)
           m[(b * n + i) * n + j] = m[(b * n + j) * n + i] = static_cast<L>(normal(random));
-    for (long b = 0; b < s.batch; ++b) coefficient.push_back(static_cast<L>(normal(random)));
+    // As large as x, so that the gradient is in range.
+    for (long b = 0; b < s.batch; ++b) g.push_back(static_cast<L>(normal(random) * s.magnitude));
   }
 
   Inputs alone(long b) const {
@@ -59,7 +60,7 @@ struct Inputs {
     one.shape.batch = 1;
     one.x.assign(&x[b * matrix], &x[b * matrix] + matrix - 5);
     one.m.assign(&m[b * n * n], &m[b * n * n] + n * n);
-    one.coefficient.assign(1, coefficient[b]);
+    one.g.assign(1, g[b]);
     one.x.shrink_to_fit();
     one.m.shrink_to_fit();
     return one;
@@ -125,7 +126,7 @@ Outputs<X, L> by_call(const Inputs<X, L>& in, int threads) {
   const ses::Standard<L> standard = out.standard(in.shape);
   ses::gram_cpu(in.samples(), standard, side, out.wide.data(), threads);
   ses::gram_cpu(in.samples(), standard, side, out.narrow.data(), threads);
-  ses::gram_backward_cpu(in.m.data(), in.samples(), standard, in.coefficient.data(), side,
+  ses::gram_backward_cpu(in.m.data(), in.samples(), standard, in.g.data(), 1, side,
                          out.gradient.data(), threads);
   return out;
 }
@@ -187,8 +188,8 @@ Outputs<X, L> by_kernels(const ses::GramKernels<X, L>& kernels, const Inputs<X, 
                           sums.poisoned());
       kernels.gram_float(in.samples(), standard, s.side, b, part, parts, &out.narrow[b * n * n],
                          sums.poisoned());
-      kernels.backward(&in.m[b * n * n], in.samples(), standard, in.coefficient[b], s.side, b, part,
-                       parts, &out.gradient[b * s.rows * s.columns], products.poisoned());
+      kernels.backward(&in.m[b * n * n], in.samples(), standard, 2 * out.scale[b] * in.g[b], s.side,
+                       b, part, parts, &out.gradient[b * s.rows * s.columns], products.poisoned());
     }
   }
   check_arranged(ses::Arrangement::kPanels, kernels, in, out);
@@ -273,20 +274,21 @@ void check_products(const Inputs<X, L>& in, const Outputs<X, L>& out, long b) {
     }
   const double eps = std::numeric_limits<L>::epsilon();
   const double x_eps = std::numeric_limits<X>::epsilon();
+  const double coefficient = 2 * double(out.scale[b]) * double(in.g[b]);
   for (long i = 0; i < n; ++i)
     for (long k = 0; k < depth; ++k) {
       double bound;
       const double exact = static_cast<double>(product(
                                n, [&](long j) { return in.m[(b * n + i) * n + j]; },
                                [&](long j) { return xs[j * depth + k]; }, &bound)) *
-                           double(in.coefficient[b]);
+                           coefficient;
       const long row = by_samples ? i : k, column = by_samples ? k : i;
       const double got = out.gradient[(b * s.rows + row) * s.columns + column];
       // Xs is rounded in L too, relative to its largest, which is near 1.
       double norm = 0;
       for (long j = 0; j < n; ++j) norm += std::fabs(double(in.m[(b * n + i) * n + j]));
       const double allowed =
-          std::fabs(double(in.coefficient[b])) * eps * ((1 + 2 * std::sqrt(n)) * bound + 2 * norm) +
+          std::fabs(coefficient) * eps * ((1 + 2 * std::sqrt(n)) * bound + 2 * norm) +
           x_eps * std::fabs(exact);
       if (!(std::fabs(got - exact) <= allowed)) fail("gram_backward", s, (got - exact) / allowed);
     }

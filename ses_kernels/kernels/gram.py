@@ -2,7 +2,7 @@
 
 Xs = ((x - anchor) - mean) * scale is never stored: every kernel forms it while it reads x.
 The product kernels see x as Y (b, n, m), whatever the side: n is the side of the Gram matrix
-and m the contracted axis, so that K = Y Y^T and dY = coef G Y serve samples and features.
+and m the contracted axis, so that K = Y Y^T and dY = 2 g scale dK Y serve samples and features.
 """
 
 import contextlib
@@ -348,17 +348,17 @@ BACKWARD_DEPTH = 16  # contracted step: the least tl.dot takes, for at most 128 
 @triton.jit
 def gram_backward_kernel(
     # pointers; location is None without centring
-    g_ptr, x_ptr, location_ptr, scale_ptr, coef_ptr, dx_ptr,
+    dk_ptr, x_ptr, location_ptr, scale_ptr, g_ptr, dx_ptr,
     # sizes
     n, m,
-    # strides of x and dx, seen as Y
-    stride_b, stride_n, stride_m, stride_dn, stride_dm,
+    # strides of g, of x and dx, seen as Y
+    stride_g, stride_b, stride_n, stride_m, stride_dn, stride_dm,
     # layout of Y
     SAMPLES: tl.constexpr,
     # tile
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Only layer of gram_backward: one tile of dY = coef G Y, G symmetric and contiguous."""
+    """Only layer of gram_backward: a tile of dY = 2 g scale dK Y, dK symmetric and contiguous."""
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles_m = tl.cdiv(m, BLOCK_M)
     pid = tl.program_id(0)
@@ -367,12 +367,12 @@ def gram_backward_kernel(
     tile_m = pid // tiles_n % tiles_m
     batch = (pid // tiles_n // tiles_m).to(tl.int64)
     x_ptr += batch * stride_b
-    g_ptr += batch * n * n
+    dk_ptr += batch * n * n
     dx_ptr += batch * n * m
     if location_ptr is not None:
         location_ptr += batch * 2 * (m if SAMPLES else n)
     scale = tl.load(scale_ptr + batch)
-    coef = tl.load(coef_ptr + batch)
+    factor = 2 * scale * tl.load(g_ptr + batch * stride_g)
 
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -380,29 +380,29 @@ def gram_backward_kernel(
     for start in range(0, n, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         mask = (rows < n)[:, None] & (inner < n)[None, :]
-        g = tl.load(g_ptr + rows.to(tl.int64)[:, None] * n + inner[None, :], mask=mask, other=0.0)
+        dk = tl.load(dk_ptr + rows.to(tl.int64)[:, None] * n + inner[None, :], mask=mask, other=0.0)
         y = _shifted_tile(
             x_ptr, location_ptr, scale, inner, cols, n, m, stride_n, stride_m, SAMPLES
         )
-        acc = tl.dot(g, y, acc, input_precision=PRECISION)
+        acc = tl.dot(dk, y, acc, input_precision=PRECISION)
 
     mask = (rows < n)[:, None] & (cols < m)[None, :]
     offsets = rows.to(tl.int64)[:, None] * stride_dn + cols.to(tl.int64)[None, :] * stride_dm
-    tl.store(dx_ptr + offsets, (acc * coef).to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + offsets, (acc * factor).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def gram_backward(G, x, location, scale, coef, side):  # (b, n, n), (b, B, d) -> (b, B, d)
-    """Launcher: dx = coef G Xs ("samples") or coef Xs G ("features"), in x's dtype."""
+def gram_backward(dk, x, location, scale, g, side):  # (b, n, n), (b, B, d) -> (b, B, d)
+    """Launcher: dx = 2 g scale dk Xs ("samples") or 2 g scale Xs dk ("features"), in x's dtype."""
     n, m, stride_n, stride_m = _as_side(x, side)
     tile = _tile(BACKWARD_TILES, n)
-    G, location, scale, coef = _contiguous(G, location, scale, coef)
+    dk, location, scale = _contiguous(dk, location, scale)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _, _, stride_dn, stride_dm = _as_side(dx, side)
     grid = (x.shape[0] * triton.cdiv(n, tile.n) * triton.cdiv(m, tile.m),)
     with _device_guard(x):
         gram_backward_kernel[grid](
-            G, x, location, scale, coef, dx,
-            n, m, x.stride(0), stride_n, stride_m, stride_dn, stride_dm,
+            dk, x, location, scale, g, dx,
+            n, m, g.stride(0), x.stride(0), stride_n, stride_m, stride_dn, stride_dm,
             SAMPLES=side == "samples",
             BLOCK_N=tile.n, BLOCK_M=tile.m, BLOCK_K=BACKWARD_DEPTH,
             PRECISION=_device(x.device)[1], num_warps=tile.warps, num_stages=tile.stages,
