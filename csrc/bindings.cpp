@@ -194,7 +194,7 @@ std::vector<ses::GramLayer<K, M>> gram_layers(const std::vector<LayerTuple>& tup
   for (const auto& [gram, h, m, batch, n, center] : tuples) {
     check_not_null("gram and h", {gram, h});
     check_sizes(gram, h, gram, batch, n, sizeof(K), max_n, "this device");
-    layers.push_back({pointer<const K>(gram), pointer<K>(h), pointer<M>(m), batch, n, center});
+    layers.push_back({pointer<const K>(gram), pointer<M>(h), pointer<M>(m), batch, n, center});
   }
   return layers;
 }
@@ -238,7 +238,7 @@ std::vector<ses::SampleLayer<T>> sample_layers(const std::vector<SampleTuple>& t
                       side_of(by_samples),
                       pointer<T>(location),
                       pointer<T>(scale),
-                      {nullptr, pointer<double>(h), pointer<T>(m), batch, static_cast<int>(n),
+                      {nullptr, pointer<T>(h), pointer<T>(m), batch, static_cast<int>(n),
                        by_samples && location != 0}});
   }
   return layers;

@@ -21,7 +21,7 @@ struct Poles {
 template <typename K, typename M>
 struct GramLayer {
   const K* gram;  // [batch, n, n], contiguous
-  K* h;           // [batch]
+  M* h;           // [batch]
   M* m;           // [batch, n, n], contiguous; null: entropy alone
   long batch;
   int n;

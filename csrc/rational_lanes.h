@@ -89,15 +89,17 @@ static void add_poles(const LaneWorkspace<P>& work, const typename P::Scalar* t,
   }
 }
 
-// F = Q F Q^T, the reflections in the order opposite to the tridiagonalisation's.
-template <typename P>
-static void reflect(const LaneWorkspace<P>& work, int n) {
+// F = Q F Q^T, the reflections in the order opposite to the tridiagonalisation's. Calls before(i)
+// ahead of the pass over row i, for all rows from 1.
+template <typename P, typename Before>
+static void reflect(const LaneWorkspace<P>& work, int n, Before before) {
   if (n < 3) return;
   const P zero = P::broadcast(0);
   const long stride = work.tridiagonal.stride;
   const P* u = nullptr;
   P* p = work.tridiagonal.p;
   for (int i = 2; i <= n; ++i) {
+    before(i - 1);
     if (i < n) work.tridiagonal.row(i)[i] = zero;  // where u is read once more, in the next pass
     const P* next = i < n ? work.tridiagonal.row(i) : u;
     P* product = work.tridiagonal.p + (i % 2) * n;
@@ -170,7 +172,7 @@ static void double_center(const LaneWorkspace<P>& work, int n) {
 
 // Up to eight matrices, interleaved.
 template <typename P, typename M>
-static void rational(const P* grams, typename P::Scalar* h, M* m, int count, int n, bool center,
+static void rational(const P* grams, M* h, M* m, int count, int n, bool center,
                      const PaddedPoles<typename P::Scalar>& poles, void* memory) {
   using T = typename P::Scalar;
   const LaneWorkspace<P> work(memory, n);
@@ -207,7 +209,13 @@ static void rational(const P* grams, typename P::Scalar* h, M* m, int count, int
   store(select(valid, entropy, none), h, count);
   if (m == nullptr) return;
 
-  reflect(work, n);
+  // Stores that miss the cache, to as many places as there are matrices, would wait one for
+  // another.
+  reflect(work, n, [&](int row) {
+    for (int lane = 0; lane < count; ++lane)
+      for (int column = 0; column < n; column += 64 / static_cast<int>(sizeof(M)))
+        __builtin_prefetch(m + lane * size + static_cast<long>(row) * n + column, 1);
+  });
   for (int i = 0; i < n; ++i) {
     P* diagonal = work.f + i * stride + i;
     *diagonal = *diagonal - (c + entropy);

@@ -497,7 +497,7 @@ static void to_panels(const typename P::Scalar* gram, int n, P* out) {
 }
 
 template <typename P, typename M>
-static void rational(const P* gram, typename P::Scalar* h, M* m, int n, bool center,
+static void rational(const P* gram, M* h, M* m, int n, bool center,
                      const PaddedPoles<typename P::Scalar>& poles, void* memory) {
   using T = typename P::Scalar;
   const PanelWorkspace<P> work(memory, n, poles.count);
@@ -506,7 +506,7 @@ static void rational(const P* gram, typename P::Scalar* h, M* m, int n, bool cen
   for (int i = 0; i < n; ++i)
     trace += reinterpret_cast<const T*>(gram + i / kPanel * work.rows + i)[i % kPanel];
   auto fill = [&](T value) {
-    *h = value;
+    *h = static_cast<M>(value);
     for (long i = 0; m != nullptr && i < size; ++i) m[i] = static_cast<M>(value);
   };
   if (!has_spectrum(trace)) return fill(without_spectrum(trace));
@@ -522,7 +522,7 @@ static void rational(const P* gram, typename P::Scalar* h, M* m, int n, bool cen
     entropy = resolvents(work, poles, c, s);
   }
   if (!(entropy == entropy)) return fill(entropy);
-  *h = entropy;
+  *h = static_cast<M>(entropy);
   if (m == nullptr) return;
   sum_all_poles(work, poles.count);
   reflect(work);

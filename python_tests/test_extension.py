@@ -228,12 +228,12 @@ def test_works_after_fork():
 POLES = {dtype: partial_fractions.columns(torch.float64, dtype) for dtype in DTYPES}
 
 
-def rational(gram, dtype=torch.float64, gradient=True, center=False, threads=2):
+def rational(gram, dtype=torch.float64, gradient=True, center=False, threads=2, poles=None):
     """H (batch,) and M (batch, n, n) in ``dtype``; what is not asked for is not written."""
-    h = torch.full(gram.shape[:1], 7.0, dtype=torch.float64)
+    h = torch.full(gram.shape[:1], 7.0, dtype=dtype)
     m = torch.full(gram.shape, 7.0, dtype=dtype)
     layer = gram.data_ptr(), h.data_ptr(), m.data_ptr() if gradient else 0, *gram.shape[:2], center
-    _C.rational_cpu([layer], dtype.itemsize, *POLES[dtype], threads)
+    _C.rational_cpu([layer], dtype.itemsize, *(poles or POLES[dtype]), threads)
     return h, m
 
 
@@ -297,8 +297,10 @@ def test_rational_equals_the_eigendecomposition(n, dtype):
     w = w.clamp_min(0)
     h64 = torch.special.entr(w).sum(-1)
     h, m = rational(gram, dtype)
+    unrounded, _ = rational(gram, poles=POLES[dtype])
+    assert torch.equal(h, unrounded.to(dtype))
     # What the poles leave of an eigenvalue, and rounding
-    assert ((h - h64).abs() <= n * (1.44e-12 if dtype == torch.float32 else 6e-15)).all()
+    assert ((unrounded - h64).abs() <= n * (1.44e-12 if dtype == torch.float32 else 6e-15)).all()
     assert h[-1] == 0
     assert (m[-1] == 0).all()
     # M in the basis of eigenvectors. A row weighs as much as its eigenvalue does in K M, or its

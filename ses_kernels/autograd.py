@@ -72,7 +72,6 @@ class SpectralEntropyFunction(torch.autograd.Function):
     @_without_autocast
     def forward(options, *xs):  # L x (b, B, d)
         hs, ms, locations, scales = zip(*solvers.solve(xs, options), strict=True)
-        hs = [h.to(ops.widened(x)) for h, x in zip(hs, xs, strict=True)]
         return (*hs, *ms, *locations, *scales)
 
     @staticmethod

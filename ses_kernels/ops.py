@@ -210,7 +210,7 @@ def _rational_torch(grams, center, dtype, gradient, backend):
     hs, ms = [], []
     for gram, centered in zip(grams, center, strict=True):
         h, m = partial_fractions.entropy(gram, dtype)
-        hs.append(h)
+        hs.append(h.to(dtype))
         ms.append((double_center(m) if centered else m).to(dtype))
     return hs + (ms if gradient else [m.new_empty(m.shape[0], 0, 0) for m in ms])
 
@@ -469,7 +469,7 @@ def _gram_backward_fake(m, x, location, scale, g, side, backend):
 
 def _rational_fake(grams, center, dtype, gradient, backend):
     sizes = [gram.shape if gradient else (gram.shape[0], 0, 0) for gram in grams]
-    return [gram.new_empty(gram.shape[0]) for gram in grams] + [
+    return [gram.new_empty(gram.shape[0], dtype=dtype) for gram in grams] + [
         gram.new_empty(size, dtype=dtype) for gram, size in zip(grams, sizes, strict=True)
     ]
 
@@ -480,7 +480,7 @@ def _rational_from_samples_fake(xs, center, gradient, backend):
     for x in xs:
         b, rows, columns = x.shape
         n = min(rows, columns) if gradient else 0
-        hs.append(x.new_empty(b, dtype=rational_gram_dtype(x.device, compute)))
+        hs.append(x.new_empty(b, dtype=compute))
         ms.append(x.new_empty(b, n, n, dtype=compute))
         locations.append(x.new_empty(b, 2 if center else 0, columns, dtype=compute))
         scales.append(x.new_empty(b, dtype=compute))

@@ -95,7 +95,7 @@ def _centers(x: Tensor, options) -> bool:
 class Solved(NamedTuple):
     """Of one tensor of samples (b, B, d)."""
 
-    h: Tensor  # (b,)
+    h: Tensor  # (b,), in the dtype of the result
     m: Tensor  # (b, n, n), n = size(x); (b, 0, 0) where no gradient is wanted
     location: Tensor
     scale: Tensor
@@ -150,7 +150,7 @@ def _solve_stacked(xs, options):
         sizes = [k.shape[0] for k in grams]
         parts = zip(*(torch.unsafe_split_with_sizes(t, sizes) for t in (h, m)), strict=True)
     return [
-        Solved(h, _centered(m, x, options), *at)
+        Solved(h.to(ops.widened(x)), _centered(m, x, options), *at)
         for x, at, (h, m) in zip(xs, located, parts, strict=True)
     ]
 
