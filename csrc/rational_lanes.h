@@ -180,7 +180,7 @@ static void rational(const P* grams, M* h, M* m, int count, int n, bool center,
   const Workspace<P>& tridiagonal = work.tridiagonal;
   const long size = static_cast<long>(n) * n, stride = tridiagonal.stride;
   const P zero = P::broadcast(0);
-  P column[kPanel], trace = zero;
+  P trace = zero;
   for (int i = 0; i < n; ++i) trace = trace + grams[static_cast<long>(i) * n + i];
   const auto valid = both<P>(zero < trace, trace < P::broadcast(ScalarTraits<T>::kInf));
   const P scale = select(valid, P::broadcast(1) / trace, zero);
@@ -221,17 +221,12 @@ static void rational(const P* grams, M* h, M* m, int count, int n, bool center,
     *diagonal = *diagonal - (c + entropy);
   }
   if (center) double_center(work, n);
+  const P factor = select(valid, scale, none);
   for (int i = 0; i < n; ++i) {
     P* row = work.f + i * stride;
-    for (int j = 0; j <= i; ++j) row[j] = select(valid, row[j] * scale, none);
+    for (int j = 0; j <= i; ++j) row[j] = work.f[j * stride + i] = row[j] * factor;
   }
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < n; j += kPanel) {
-      for (int k = 0; k < kPanel; ++k) {
-        const int other = j + k < n ? j + k : i;
-        column[k] = other <= i ? work.f[i * stride + other] : work.f[other * stride + i];
-      }
-      scatter(column, m + static_cast<long>(i) * n + j, size, count, n - j);
-    }
-  }
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; j += kPanel)
+      scatter(work.f + i * stride + j, m + static_cast<long>(i) * n + j, size, count, n - j);
 }
