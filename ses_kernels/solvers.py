@@ -30,8 +30,8 @@ def choose(x: Tensor, n: int, backend: str) -> str:
     """The solver that "auto" stands for at power 2 and order 1, for samples x (b, B, d)."""
     if backend == "torch" or ops.EXTENSION_MISSING:  # the kernels are what was measured
         return "eigh"
-    wins = crossover.rational_wins(x.device.type, x.dtype, n, x.shape[0])
-    return "rational" if wins else "eigh"
+    device = "cpu" if x.is_cpu else x.device.type  # a string made at every call
+    return "rational" if crossover.rational_wins(device, x.dtype, n, x.shape[0]) else "eigh"
 
 
 def solver_for(x: Tensor, options) -> str:
@@ -60,7 +60,9 @@ def side(x: Tensor, options) -> str:
 
 
 def size(x: Tensor, options) -> int:
-    return x.shape[1] if side(x, options) == "samples" else x.shape[2]
+    """n, of the Gram matrix on that side."""
+    _, samples, features = x.shape
+    return samples if options.group is None and samples <= features else features
 
 
 def locate(x: Tensor, options) -> tuple[Tensor, Tensor]:
