@@ -187,7 +187,7 @@ def _gram_torch(x, location, scale, side, dtype, backend):
 
 
 def _gram_backward_torch(m, x, location, scale, g, side, backend):
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     m = m * (2 * scale * g)[:, None, None]  # into scale it would square the size of x: out of range
     for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side):
         factors = (m[matrices], xs) if side == "samples" else (xs, m[matrices])
@@ -464,7 +464,7 @@ def _gram_fake(x, location, scale, side, dtype, backend):
 
 
 def _gram_backward_fake(m, x, location, scale, g, side, backend):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _rational_fake(grams, center, dtype, gradient, backend):

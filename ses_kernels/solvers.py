@@ -36,13 +36,12 @@ def choose(x: Tensor, n: int, backend: str) -> str:
 
 def solver_for(x: Tensor, options) -> str:
     """The name of the solver, the closed form of the collision entropy among them."""
+    if options.power == 2 and options.order == 1:
+        auto = options.solver == "auto"
+        return choose(x, size(x, options), options.backend) if auto else options.solver
     if options.power == 2 and options.order == 2:
         return "collision"
-    if needs_svd(x, options):
-        return "svd"
-    if options.solver == "auto" and options.power == 2 and options.order == 1:
-        return choose(x, size(x, options), options.backend)
-    return "rational" if options.solver == "rational" else "eigh"
+    return "svd" if needs_svd(x, options) else "eigh"
 
 
 def compute_dtype(x: Tensor, options) -> torch.dtype:
