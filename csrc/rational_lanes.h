@@ -25,9 +25,10 @@ struct LaneWorkspace {
   static constexpr long kPage = 4096;
 };
 
-// s, multiplied by 4 until T + s t_1 I is positive definite; NaN where no s will do.
+// s, multiplied by 4 until T + s t_1 I is positive definite; NaN where no s will do. Adds log s to
+// c.
 template <typename P>
-static P pole_scale(const Workspace<P>& work, typename P::Scalar t, int n) {
+static P pole_scale(const Workspace<P>& work, typename P::Scalar t, int n, P& c) {
   using T = typename P::Scalar;
   const P zero = P::broadcast(0), one = P::broadcast(1);
   P s = one;
@@ -42,6 +43,7 @@ static P pole_scale(const Workspace<P>& work, typename P::Scalar t, int n) {
     const auto failed = smallest < zero;
     if (!P::any(failed)) return s;
     s = select(failed, P::broadcast(4) * s, s);
+    c = select(failed, c + P::broadcast(1.3862943611198906188), c);  // log 4
     if (attempt + 1 == kPoleScalings) s = select(failed, P::broadcast(ScalarTraits<T>::kNaN), s);
   }
   return s;
@@ -191,10 +193,8 @@ static void rational(const P* grams, M* h, M* m, int count, int n, bool center,
   }
   tridiagonalise(tridiagonal, n);
 
-  const P s = pole_scale(tridiagonal, poles.t[0], n);
-  P c;
-  for (int lane = 0; lane < kPanel; ++lane)
-    reinterpret_cast<T*>(&c)[lane] = poles.c + __builtin_log(reinterpret_cast<const T*>(&s)[lane]);
+  P c = P::broadcast(poles.c);
+  const P s = pole_scale(tridiagonal, poles.t[0], n, c);
   for (int j = 0; j < poles.count; j += kPoleBlock)
     add_poles(work, poles.t + j, poles.w + j, s, n, j == 0);
   P entropy = zero, sum = zero;  // of the trace of T
