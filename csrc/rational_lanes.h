@@ -144,32 +144,26 @@ SES_INLINE void scatter(const P* column, M* first, long size, int lanes, long co
   for (int lane = 0; lane < lanes; ++lane) store(row[lane], first + lane * size, columns);
 }
 
-// F = J F J, J = I - 11^T / n.
+// F = J F J, J = I - 11^T / n, is F less its means, of row i and of column j at (i, j): the means
+// of the rows, less half the mean of all. The whole of F.
 template <typename P>
-static void double_center(const LaneWorkspace<P>& work, int n) {
+static void row_means(const LaneWorkspace<P>& work, int n, P* mean) {
   using T = typename P::Scalar;
-  const long stride = work.tridiagonal.stride;
-  P* mean = work.tridiagonal.p;  // of each row
-  P half = P::broadcast(0);
-  for (int i = 0; i < n; ++i) mean[i] = half;
-  for (int i = 0; i < n; ++i) {
-    P sum = work.f[i * stride + i];  // mean[i] would wait for its store at every addition
-    for (int j = 0; j < i; ++j) {
-      const P x = work.f[i * stride + j];
-      sum = sum + x;
-      mean[j] = mean[j] + x;
-    }
-    mean[i] = mean[i] + sum;
-  }
   const P inverse = P::broadcast(T(1) / static_cast<T>(n));
+  P half = P::broadcast(0);
   for (int i = 0; i < n; ++i) {
-    mean[i] = mean[i] * inverse;
+    constexpr int kSums = 4;  // one would wait for itself
+    const P* row = work.f + i * work.tridiagonal.stride;
+    P sum[kSums];
+    for (P& value : sum) value = P::broadcast(0);
+    int j = 0;
+    for (; j + kSums <= n; j += kSums)
+      for (int k = 0; k < kSums; ++k) sum[k] = sum[k] + row[j + k];
+    for (; j < n; ++j) sum[0] = sum[0] + row[j];
+    mean[i] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
     half = fma(mean[i], P::broadcast(T(0.5)) * inverse, half);
   }
   for (int i = 0; i < n; ++i) mean[i] = mean[i] - half;
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j <= i; ++j)
-      work.f[i * stride + j] = work.f[i * stride + j] - mean[i] - mean[j];
 }
 
 // Up to eight matrices, interleaved.
@@ -217,16 +211,20 @@ static void rational(const P* grams, M* h, M* m, int count, int n, bool center,
         __builtin_prefetch(m + lane * size + static_cast<long>(row) * n + column, 1);
   });
   for (int i = 0; i < n; ++i) {
-    P* diagonal = work.f + i * stride + i;
-    *diagonal = *diagonal - (c + entropy);
+    P* row = work.f + i * stride;
+    row[i] = row[i] - (c + entropy);
+    for (int j = 0; j < i; ++j) work.f[j * stride + i] = row[j];
   }
-  if (center) double_center(work, n);
+  P* mean = tridiagonal.p;
+  for (int i = 0; i < n; ++i) mean[i] = zero;
+  if (center) row_means(work, n, mean);
   const P factor = select(valid, scale, none);
   for (int i = 0; i < n; ++i) {
-    P* row = work.f + i * stride;
-    for (int j = 0; j <= i; ++j) row[j] = work.f[j * stride + i] = row[j] * factor;
+    for (int j = 0; j < n; j += kPanel) {
+      const P* row = work.f + i * stride + j;
+      P column[kPanel];
+      for (int k = 0; k < kPanel; ++k) column[k] = (row[k] - (mean[i] + mean[j + k])) * factor;
+      scatter(column, m + static_cast<long>(i) * n + j, size, count, n - j);
+    }
   }
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < n; j += kPanel)
-      scatter(work.f + i * stride + j, m + static_cast<long>(i) * n + j, size, count, n - j);
 }
