@@ -33,21 +33,18 @@ class Options(NamedTuple):
 
 
 def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l, d_l) -> L x (b_l,)
-    if torch.compiler.is_dynamo_compiling():  # Dynamo refuses a Function that defines jvp
-        outs = SpectralEntropyFunction.apply(options, *xs)
-    elif torch._C._are_functorch_transforms_active():  # what Function.apply itself asks
-        outs = ForwardModeFunction.apply(options, *xs)
-    elif _may_be_differentiated(xs):
+    if torch.compiler.is_dynamo_compiling():
+        return SpectralEntropyFunction.apply(options, *xs)
+    if torch._C._are_functorch_transforms_active() or _have_tangents(xs):
+        return TransformableFunction.apply(options, *xs)[: len(xs)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in xs):
         # What Function.apply comes to then, without binding arguments to a signature: 13 of 49 us.
-        outs = super(torch.autograd.Function, ForwardModeFunction).apply(options, *xs)
-    else:  # eigenvalues alone cost a fraction
-        outs = SpectralEntropyFunction.forward(options._replace(gradient=False), *xs)
-    return outs[: len(xs)]
+        return super(torch.autograd.Function, SpectralEntropyFunction).apply(options, *xs)
+    return _solve(options._replace(gradient=False), *xs)[: len(xs)]  # eigenvalues cost a fraction
 
 
-def _may_be_differentiated(xs) -> bool:
-    by_autograd = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
-    return by_autograd or any(unpack_dual(x).tangent is not None for x in xs)
+def _have_tangents(xs) -> bool:
+    return any(unpack_dual(x).tangent is not None for x in xs)
 
 
 def _without_autocast(method):
@@ -67,25 +64,22 @@ def _without_autocast(method):
     return inner
 
 
+@_without_autocast
+def _solve(options, *xs):  # L x (b, B, d) -> H of each, then M, location and scale, for backward
+    hs, ms, locations, scales = zip(*solvers.solve(xs, options), strict=True)
+    return *hs, *ms, *locations, *scales
+
+
 class SpectralEntropyFunction(torch.autograd.Function):
-    """(options, x_1 .. x_L) -> (H_1 .. H_L, then M, location and scale of each, for backward)."""
+    """(options, x_1 .. x_L) -> H_1 .. H_L."""
 
     @staticmethod
-    @_without_autocast
-    def forward(options, *xs):  # L x (b, B, d)
-        hs, ms, locations, scales = zip(*solvers.solve(xs, options), strict=True)
-        return (*hs, *ms, *locations, *scales)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        options, *xs = inputs
-        layers = len(xs)
-        saved = output[layers:]
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # or there would be zeros for M in every backward
+    def forward(ctx, options, *xs):
+        outs = _solve(options, *xs)
         ctx.options = options
-        ctx.save_for_backward(*xs, *saved)
-        ctx.save_for_forward(*xs, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*xs, *outs[len(xs) :])
+        return outs[: len(xs)]
 
     @staticmethod
     def backward(ctx, *grads):
@@ -101,8 +95,25 @@ class SpectralEntropyFunction(torch.autograd.Function):
         )
 
 
-class ForwardModeFunction(SpectralEntropyFunction):
-    """The same with forward-mode derivatives."""
+class TransformableFunction(SpectralEntropyFunction):
+    """The same for forward mode and torch.func, where all that is saved has to be an output.
+
+    Not for the rest: Dynamo refuses a Function that defines jvp, and the outputs take 5 us.
+    """
+
+    @staticmethod
+    def forward(options, *xs):
+        return _solve(options, *xs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        options, *xs = inputs
+        saved = output[len(xs) :]
+        ctx.options = options
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # or there would be zeros for M in every backward
+        ctx.save_for_backward(*xs, *saved)
+        ctx.save_for_forward(*xs, *saved)
 
     @staticmethod
     def jvp(ctx, _, *tangents):
@@ -121,7 +132,7 @@ class ForwardModeFunction(SpectralEntropyFunction):
     @staticmethod
     def vmap(info, in_dims, options, *xs):
         flat = _fold_batch(info.batch_size, in_dims[1:], xs)
-        outs = ForwardModeFunction.apply(options, *flat)
+        outs = TransformableFunction.apply(options, *flat)
         return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outs), (0,) * len(outs)
 
 
