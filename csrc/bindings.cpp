@@ -44,7 +44,6 @@ void with_number(int itemsize, F f) {
 
 void check_sizes(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n,
                  int itemsize, int max_n, const std::string& where) {
-  check_itemsize(itemsize);
   // A CUDA grid has INT_MAX blocks; the CPU has no such batch in memory.
   if (batch < 0 || batch > INT_MAX)
     refuse("batch must be in [0, " + std::to_string(INT_MAX) + "], got " + std::to_string(batch));
@@ -146,7 +145,6 @@ void gram(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride, lo
           long batch, long rows, long columns, std::uintptr_t location, long location_stride,
           long location_row_stride, std::uintptr_t scale, bool by_samples, std::uintptr_t out,
           int out_itemsize, int threads) {
-  check_itemsize(out_itemsize);
   check_threads(threads);
   check_not_null("scale", {scale});
   check_not_null("out", {out});

@@ -138,17 +138,6 @@ struct Standardized {
 
 // A batch of small matrices comes from memory faster than it is asked for in strips of eight rows:
 // what the next ones need is asked for while these are worked on.
-constexpr long kPrefetchBytes = 32 << 10;
-enum Access { kRead, kWrite };  // as __builtin_prefetch counts them
-
-template <Access kAccess = kRead, typename T>
-void prefetch(const T* from, long count) {
-  const long bytes = count * static_cast<long>(sizeof(T));
-  if (bytes > kPrefetchBytes) return;
-  for (long i = 0; i < bytes; i += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + i, kAccess, 2);
-}
-
 template <typename X>
 void prefetch_samples(const Samples<X>& samples, long first, long count) {
   if (first + count <= samples.batch)

@@ -144,23 +144,18 @@ SES_INLINE void scatter(const P* column, M* first, long size, int lanes, long co
   for (int lane = 0; lane < lanes; ++lane) store(row[lane], first + lane * size, columns);
 }
 
-// F = J F J, J = I - 11^T / n, is F less its means, of row i and of column j at (i, j): the means
-// of the rows, less half the mean of all. The whole of F.
+// J F J, J = I - 11^T / n, is F(i, j) - mean[i] - mean[j] with the means of the rows, less half the
+// mean of all. Reads both triangles of F.
 template <typename P>
 static void row_means(const LaneWorkspace<P>& work, int n, P* mean) {
   using T = typename P::Scalar;
   const P inverse = P::broadcast(T(1) / static_cast<T>(n));
   P half = P::broadcast(0);
   for (int i = 0; i < n; ++i) {
-    constexpr int kSums = 4;  // one would wait for itself
     const P* row = work.f + i * work.tridiagonal.stride;
-    P sum[kSums];
-    for (P& value : sum) value = P::broadcast(0);
-    int j = 0;
-    for (; j + kSums <= n; j += kSums)
-      for (int k = 0; k < kSums; ++k) sum[k] = sum[k] + row[j + k];
-    for (; j < n; ++j) sum[0] = sum[0] + row[j];
-    mean[i] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
+    P sum = row[0];
+    for (int j = 1; j < n; ++j) sum = sum + row[j];
+    mean[i] = sum * inverse;
     half = fma(mean[i], P::broadcast(T(0.5)) * inverse, half);
   }
   for (int i = 0; i < n; ++i) mean[i] = mean[i] - half;
@@ -207,8 +202,7 @@ static void rational(const P* grams, M* h, M* m, int count, int n, bool center,
   // another.
   reflect(work, n, [&](int row) {
     for (int lane = 0; lane < count; ++lane)
-      for (int column = 0; column < n; column += 64 / static_cast<int>(sizeof(M)))
-        __builtin_prefetch(m + lane * size + static_cast<long>(row) * n + column, 1);
+      prefetch<kWrite>(m + lane * size + static_cast<long>(row) * n, n);
   });
   for (int i = 0; i < n; ++i) {
     P* row = work.f + i * stride;
@@ -216,8 +210,10 @@ static void rational(const P* grams, M* h, M* m, int count, int n, bool center,
     for (int j = 0; j < i; ++j) work.f[j * stride + i] = row[j];
   }
   P* mean = tridiagonal.p;
-  for (int i = 0; i < n; ++i) mean[i] = zero;
-  if (center) row_means(work, n, mean);
+  if (center)
+    row_means(work, n, mean);
+  else
+    for (int i = 0; i < n; ++i) mean[i] = zero;
   const P factor = select(valid, scale, none);
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j < n; j += kPanel) {

@@ -82,6 +82,18 @@ SES_INLINE void store(const P& y, X* out, long count) {
     store(y, out);
 }
 
+// Lines asked for ahead of their use; of more than this the cache would lose the first.
+constexpr long kPrefetchBytes = 32 << 10;
+enum Access { kRead, kWrite };  // as __builtin_prefetch counts them
+
+template <Access kAccess = kRead, typename T>
+SES_INLINE void prefetch(const T* from, long count) {
+  const long bytes = count * static_cast<long>(sizeof(T));
+  if (bytes > kPrefetchBytes) return;
+  for (long i = 0; i < bytes; i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + i, kAccess, 2);
+}
+
 template <int kPanels>
 struct Width {
   static constexpr int value = kPanels;

@@ -70,15 +70,19 @@ def _solve(options, *xs):  # L x (b, B, d) -> H of each, then M, location and sc
     return *hs, *ms, *locations, *scales
 
 
+def _save(ctx, options, *tensors):
+    ctx.options = options
+    ctx.set_materialize_grads(False)  # or there would be zeros for every output without a gradient
+    ctx.save_for_backward(*tensors)
+
+
 class SpectralEntropyFunction(torch.autograd.Function):
     """(options, x_1 .. x_L) -> H_1 .. H_L."""
 
     @staticmethod
     def forward(ctx, options, *xs):
         outs = _solve(options, *xs)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*xs, *outs[len(xs) :])
+        _save(ctx, options, *xs, *outs[len(xs) :])
         return outs[: len(xs)]
 
     @staticmethod
@@ -109,10 +113,8 @@ class TransformableFunction(SpectralEntropyFunction):
     def setup_context(ctx, inputs, output):
         options, *xs = inputs
         saved = output[len(xs) :]
-        ctx.options = options
         ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # or there would be zeros for M in every backward
-        ctx.save_for_backward(*xs, *saved)
+        _save(ctx, options, *xs, *saved)
         ctx.save_for_forward(*xs, *saved)
 
     @staticmethod

@@ -61,7 +61,7 @@ def side(x: Tensor, options) -> str:
 def size(x: Tensor, options) -> int:
     """n, of the Gram matrix on that side."""
     _, samples, features = x.shape
-    return samples if options.group is None and samples <= features else features
+    return features if options.group is not None else min(samples, features)
 
 
 def locate(x: Tensor, options) -> tuple[Tensor, Tensor]:
