@@ -151,6 +151,27 @@ def test_instruction_sets_agree_and_stay_apart(tmp_path):
     assert all(run_cpu_drivers(objects, tmp_path, "-DSES_X86"))
 
 
+@pytest.mark.parametrize(
+    ("source", "functions"),
+    [("gram_cpu.cpp", {"gram_arranged", "backward"}), ("rational_cpu.cpp", {"rational"})],
+)
+def test_prefetches_are_not_left_out(source, functions, tmp_path):
+    """A function of nothing else is pure to the compiler, which then drops the calls of it."""
+    if platform.machine() not in ("x86_64", "aarch64"):
+        pytest.skip("the instruction's name is not known here")
+    assembly = tmp_path / "code.s"
+    compile_cpp("-DSES_ISA=portable", "-O3", "-g0", "-S", CSRC / source, "-o", assembly)
+    # label, body, label, body, ..
+    _, *parts = re.split(r"^(_Z[\w.]+):$", assembly.read_text(), flags=re.M)
+    prefetching = [
+        label
+        for label, body in zip(parts[::2], parts[1::2], strict=True)
+        if re.search(r"^\s+(prefetch|prfm)", body, re.M)
+    ]
+    for function in functions:
+        assert any(function in label for label in prefetching), (function, prefetching)
+
+
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)
 def test_cuda_compiles_for_every_gpu_without_spills(source, tmp_path):
     nvcc = shutil.which("nvcc")
