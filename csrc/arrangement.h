@@ -7,7 +7,7 @@ namespace ses {
 constexpr int kLanes = 8;
 
 enum class Arrangement {
-  // Up to kLanes matrices, one a lane: [n, n, kLanes], the lower triangle.
+  // Matrices in groups of kLanes, one a lane: [groups, n, n, kLanes], the lower triangle.
   kInterleaved,
   // One matrix, [panels, rows, kLanes] with rows = n rounded up to whole panels: the lower triangle
   // with whole blocks on the diagonal, 0 beyond n.
@@ -22,14 +22,15 @@ static inline constexpr Arrangement arrangement_of(long n, long batch) {
                                                       : Arrangement::kPanels;
 }
 
-// Matrices that a kernel takes in one call.
-static inline constexpr int together(Arrangement arrangement) {
-  return arrangement == Arrangement::kInterleaved ? kLanes : 1;
+// Matrices that a kernel takes in one call; of small ones, as measured, two groups.
+constexpr int kMaxNTwoGroups = 12;
+static inline constexpr int together(Arrangement arrangement, long n) {
+  return arrangement == Arrangement::kPanels ? 1 : n <= kMaxNTwoGroups ? 2 * kLanes : kLanes;
 }
 
 static inline constexpr long arranged_doubles(Arrangement arrangement, long n) {
   const long rows = (n + kLanes - 1) / kLanes * kLanes;
-  return arrangement == Arrangement::kInterleaved ? n * n * kLanes : rows * rows;
+  return arrangement == Arrangement::kInterleaved ? n * n * together(arrangement, n) : rows * rows;
 }
 
 }  // namespace ses

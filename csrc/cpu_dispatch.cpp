@@ -196,7 +196,8 @@ SolvePlan make_solve_plan(const GramLayer<double, M>* layers, int count, int thr
     const double n = layers[i].n;
     // Measured: 50 picoseconds times n^3, and what does not grow so fast.
     const double nanoseconds = (0.05 * n + 2) * n * n + grams.nanoseconds(i);
-    const long batch = layers[i].batch, together = ses::together(arrangement_of(layers[i]));
+    const long batch = layers[i].batch;
+    const long together = ses::together(arrangement_of(layers[i]), layers[i].n);
     const double calls = kTeamNanoseconds / (nanoseconds * static_cast<double>(together));
     const long step = together * std::max(1L, static_cast<long>(calls));
     for (long first = 0; first < batch; first += step)
@@ -224,7 +225,7 @@ void solve(const GramLayer<double, M>* layers, int count, const SolvePlan& plan,
     const Solve& task = plan.tasks[i];
     const GramLayer<double, M>& layer = layers[task.layer];
     const Arrangement arrangement = arrangement_of(layer);
-    const long end = task.first + task.count, step = together(arrangement);
+    const long end = task.first + task.count, step = together(arrangement, layer.n);
     char* memory = static_cast<char*>(workspaces[worker]);
     for (long first = task.first; first < end; first += step) {
       GramLayer<double, M> part = layer;

@@ -164,7 +164,6 @@ template <typename X, typename L>
 void gram_panels(const Samples<X>& samples, const Standard<L>& standard, Side side, long matrix,
                  int part, int parts, Panel* sums, Panel* packed) {
   using P = Panel;
-  prefetch_samples(samples, matrix + 1, 1);
   const Standardized<X, L> xs(samples, standard, matrix);
   const bool by_samples = side == Side::kSamples;
   const long n = by_samples ? xs.rows : xs.columns, depth = by_samples ? xs.columns : xs.rows;
@@ -215,6 +214,7 @@ void gram(const Samples<X>& samples, const Standard<L>& standard, Side side, lon
           int parts, K* out, void* workspace) {
   const long n = side == Side::kSamples ? samples.rows : samples.columns;
   const long panels = (n + kPanel - 1) / kPanel, rows = panels * kPanel;
+  prefetch_samples(samples, matrix + 1, 1);
   Panel* packed = static_cast<Panel*>(workspace);  // [panels, chunk] eight of n a pack
   Panel* sums = packed + packed_bytes(n) / static_cast<long>(sizeof(Panel));
   gram_panels(samples, standard, side, matrix, part, parts, sums, packed);
@@ -271,7 +271,6 @@ template <typename X, typename L>
 void gram_lanes(const Samples<X>& samples, const Standard<L>& standard, Side side, long first,
                 int count, Panel* k, Panel* packed) {
   using P = Panel;
-  prefetch_samples(samples, first + count, kLanes);
   const bool by_samples = side == Side::kSamples;
   const long n = by_samples ? samples.rows : samples.columns;
   const long depth = by_samples ? samples.columns : samples.rows;
@@ -317,12 +316,16 @@ long arranged_bytes(Arrangement arrangement, long n) {
 template <typename X, typename L>
 void gram_arranged(Arrangement arrangement, const Samples<X>& samples, const Standard<L>& standard,
                    Side side, long first, int count, double* grams, void* workspace) {
+  prefetch_samples(samples, first + count, count);
   Panel* out = reinterpret_cast<Panel*>(grams);
   Panel* packed = static_cast<Panel*>(workspace);
-  if (arrangement == Arrangement::kInterleaved)
-    gram_lanes(samples, standard, side, first, count, out, packed);
-  else
-    gram_panels(samples, standard, side, first, 0, 1, out, packed);
+  if (arrangement == Arrangement::kPanels)
+    return gram_panels(samples, standard, side, first, 0, 1, out, packed);
+  const long n = side == Side::kSamples ? samples.rows : samples.columns;
+  for (int group = 0; group < count; group += kLanes)
+    gram_lanes(samples, standard, side, first + group,
+               count - group < kLanes ? count - group : kLanes, out + group / kLanes * n * n,
+               packed);
 }
 
 // ---- the product with a symmetric matrix ----

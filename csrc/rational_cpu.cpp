@@ -22,29 +22,50 @@ namespace {
 
 using P = Pack<double, kRegisterBytes, 64 / kRegisterBytes>;
 static_assert(P::kLanes == kLanes, "registers as many as it takes");
+// Two groups hide each other's latencies. Where a group is several registers, they do that already.
+#if defined(__AVX512F__)
+using Pair = Pack<double, kRegisterBytes, 2>;
+#else
+using Pair = P;
+#endif
 
 long workspace_bytes(Arrangement arrangement, int n, int poles) {
-  return arrangement == Arrangement::kInterleaved ? LaneWorkspace<P>::bytes(n)
-                                                  : PanelWorkspace<P>::bytes(n, poles);
+  if (arrangement == Arrangement::kPanels) return PanelWorkspace<P>::bytes(n, poles);
+  return together(arrangement, n) > kLanes ? LaneWorkspace<Pair>::bytes(n)
+                                           : LaneWorkspace<P>::bytes(n);
 }
 
 void arrange(Arrangement arrangement, const double* grams, int count, int n, double* out) {
-  if (arrangement == Arrangement::kInterleaved)
-    interleave(grams, count, n, reinterpret_cast<P*>(out));
-  else
-    to_panels(grams, n, reinterpret_cast<P*>(out));
+  if (arrangement == Arrangement::kPanels) return to_panels(grams, n, reinterpret_cast<P*>(out));
+  const long size = static_cast<long>(n) * n;
+  for (int group = 0; group < count; group += kLanes)
+    interleave(grams + group * size, count - group < kLanes ? count - group : kLanes, n,
+               reinterpret_cast<P*>(out) + group / kLanes * size);
+}
+
+template <typename Lanes, typename M>
+void run_interleaved(const GramLayer<double, M>& layer, const PaddedPoles<double>& poles,
+                     void* workspace) {
+  const long size = static_cast<long>(layer.n) * layer.n;
+  for (long first = 0; first < layer.batch; first += Lanes::kLanes) {
+    const long count = layer.batch - first < Lanes::kLanes ? layer.batch - first : Lanes::kLanes;
+    rational<Lanes>(reinterpret_cast<const P*>(layer.gram) + first / kLanes * size, layer.h + first,
+                    layer.m == nullptr ? nullptr : layer.m + first * size, static_cast<int>(count),
+                    layer.n, layer.center, poles, workspace);
+  }
 }
 
 template <typename M>
 void run(Arrangement arrangement, const GramLayer<double, M>& layer, const Poles& poles,
          void* workspace) {
   const PaddedPoles<double> padded(poles);
-  const P* gram = reinterpret_cast<const P*>(layer.gram);
-  if (arrangement == Arrangement::kInterleaved)
-    rational(gram, layer.h, layer.m, static_cast<int>(layer.batch), layer.n, layer.center, padded,
-             workspace);
+  if (arrangement == Arrangement::kPanels)
+    rational(reinterpret_cast<const P*>(layer.gram), layer.h, layer.m, layer.n, layer.center,
+             padded, workspace);
+  else if (layer.batch > kLanes)
+    run_interleaved<Pair>(layer, padded, workspace);
   else
-    rational(gram, layer.h, layer.m, layer.n, layer.center, padded, workspace);
+    run_interleaved<P>(layer, padded, workspace);
 }
 
 }  // namespace

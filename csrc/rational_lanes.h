@@ -1,7 +1,12 @@
 // log P by partial fractions for a pack of matrices, one a lane: the faster way for a batch of them
-// (arrangement.h). The method is that of rational_panels.h, one reflection at a time.
+// (arrangement.h). The method is that of rational_panels.h, one reflection at a time. P, the pack,
+// holds one group of eight matrices or more.
 //
 // Included inside an ISA namespace, after householder.h, tile.h and poles.h.
+
+// Poles summed at a time: as many registers for any pack.
+template <typename P>
+constexpr int kLanePoles = kPoleBlock * kPanel / P::kLanes;
 
 template <typename P>
 struct LaneWorkspace {
@@ -12,13 +17,13 @@ struct LaneWorkspace {
 
   static long bytes(int n) {
     return Workspace<P>::bytes(n) + kPage +
-           static_cast<long>(sizeof(P)) * n * (row_stride(n) + 2 * kPoleBlock);
+           static_cast<long>(sizeof(P)) * n * (row_stride(n) + 2 * kLanePoles<P>);
   }
   LaneWorkspace(void* memory, int n) : tridiagonal(memory, n) {
     f = reinterpret_cast<P*>(static_cast<char*>(memory) +
                              (Workspace<P>::bytes(n) + kPage - 1) / kPage * kPage);
     ratio = f + n * row_stride(n);
-    diagonal = ratio + n * kPoleBlock;
+    diagonal = ratio + n * kLanePoles<P>;
   }
 
  private:
@@ -54,36 +59,37 @@ static P pole_scale(const Workspace<P>& work, typename P::Scalar t, int n, P& c)
 template <typename P>
 static void add_poles(const LaneWorkspace<P>& work, const typename P::Scalar* t,
                       const typename P::Scalar* weight, P s, int n, bool first) {
+  constexpr int kBlock = kLanePoles<P>;
   const P zero = P::broadcast(0), one = P::broadcast(1);
   const P* d = work.tridiagonal.d;
   const P* e = work.tridiagonal.e;
-  P g[kPoleBlock];
+  P g[kBlock];
   for (int k = n - 1; k >= 0; --k) {
-    P* ratio = work.ratio + (k + 1) * kPoleBlock;
-    for (int j = 0; j < kPoleBlock; ++j) {
+    P* ratio = work.ratio + (k + 1) * kBlock;
+    for (int j = 0; j < kBlock; ++j) {
       P pivot = fma(s, P::broadcast(t[j]), d[k]);
       if (k + 1 < n) {
         ratio[j] = zero - e[k] * g[j];
         pivot = fma(ratio[j], e[k], pivot);
       }
-      work.diagonal[k * kPoleBlock + j] = g[j] = one / pivot;
+      work.diagonal[k * kBlock + j] = g[j] = one / pivot;
     }
   }
   for (int k = 1; k < n; ++k) {
-    const P* ratio = work.ratio + k * kPoleBlock;
-    P* diagonal = work.diagonal + k * kPoleBlock;
-    for (int j = 0; j < kPoleBlock; ++j)
-      diagonal[j] = fma(ratio[j] * ratio[j], diagonal[j - kPoleBlock], diagonal[j]);
+    const P* ratio = work.ratio + k * kBlock;
+    P* diagonal = work.diagonal + k * kBlock;
+    for (int j = 0; j < kBlock; ++j)
+      diagonal[j] = fma(ratio[j] * ratio[j], diagonal[j - kBlock], diagonal[j]);
   }
   const long stride = work.tridiagonal.stride;
   for (int c = 0; c < n; ++c) {
-    for (int j = 0; j < kPoleBlock; ++j)
-      g[j] = P::broadcast(weight[j]) * s * work.diagonal[c * kPoleBlock + j];
+    for (int j = 0; j < kBlock; ++j)
+      g[j] = P::broadcast(weight[j]) * s * work.diagonal[c * kBlock + j];
     for (int r = c; r < n; ++r) {
       P* out = work.f + r * stride + c;
       P sum = first ? zero : *out;
-      for (int j = 0; j < kPoleBlock; ++j) {
-        if (r > c) g[j] = g[j] * work.ratio[r * kPoleBlock + j];
+      for (int j = 0; j < kBlock; ++j) {
+        if (r > c) g[j] = g[j] * work.ratio[r * kBlock + j];
         sum = sum + g[j];
       }
       *out = sum;
@@ -122,6 +128,7 @@ static void reflect(const LaneWorkspace<P>& work, int n, Before before) {
 // The lower triangles of up to eight matrices [count, n, n], interleaved.
 template <typename P>
 static void interleave(const typename P::Scalar* grams, int count, int n, P* out) {
+  static_assert(P::kLanes == kPanel, "a square is transposed");
   const long size = static_cast<long>(n) * n;
   P row[kPanel], column[kPanel];
   for (int i = 0; i < n; ++i) {
@@ -136,12 +143,33 @@ static void interleave(const typename P::Scalar* grams, int count, int n, P* out
   }
 }
 
-// Eight columns of eight matrices, rows of `size` numbers apart.
+// The registers of a group of eight matrices.
+template <typename P>
+using Group = Pack<typename P::Scalar, sizeof(typename P::Vec),
+                   kPanel * sizeof(typename P::Scalar) / sizeof(typename P::Vec)>;
+
+// Entry `at` of every matrix, from groups of `size` entries.
+template <typename P>
+SES_INLINE P gather(const Group<P>* groups, long size, long at) {
+  constexpr int kRegisters = sizeof(Group<P>) / sizeof(typename P::Vec);
+  P x;
+  for (int i = 0; i < kRegisters * P::kLanes / kPanel; ++i)
+    x.r[i] = groups[i / kRegisters * size + at].r[i % kRegisters];
+  return x;
+}
+
+// Eight columns of `count` matrices, rows of `size` numbers apart.
 template <typename P, typename M>
-SES_INLINE void scatter(const P* column, M* first, long size, int lanes, long columns) {
-  P row[kPanel];
-  Square<P>::transpose(column, row);
-  for (int lane = 0; lane < lanes; ++lane) store(row[lane], first + lane * size, columns);
+SES_INLINE void scatter(const P* column, M* first, long size, int count, long columns) {
+  constexpr int kRegisters = sizeof(Group<P>) / sizeof(typename P::Vec);
+  for (int group = 0; group < P::kLanes / kPanel; ++group) {
+    Group<P> part[kPanel];
+    for (int k = 0; k < kPanel; ++k)
+      for (int i = 0; i < kRegisters; ++i) part[k].r[i] = column[k].r[group * kRegisters + i];
+    Square<Group<P>>::transpose(part, part);
+    for (int lane = group * kPanel; lane < count && lane < (group + 1) * kPanel; ++lane)
+      store(part[lane % kPanel], first + lane * size, columns);
+  }
 }
 
 // J F J, J = I - 11^T / n, is F(i, j) - mean[i] - mean[j] with the means of the rows, less half the
@@ -161,30 +189,29 @@ static void row_means(const LaneWorkspace<P>& work, int n, P* mean) {
   for (int i = 0; i < n; ++i) mean[i] = mean[i] - half;
 }
 
-// Up to eight matrices, interleaved.
+// Up to as many matrices as there are lanes, in groups [groups, n, n].
 template <typename P, typename M>
-static void rational(const P* grams, M* h, M* m, int count, int n, bool center,
+static void rational(const Group<P>* grams, M* h, M* m, int count, int n, bool center,
                      const PaddedPoles<typename P::Scalar>& poles, void* memory) {
   using T = typename P::Scalar;
   const LaneWorkspace<P> work(memory, n);
-  static_assert(P::kLanes == kPanel, "interleave and scatter transpose squares");
   const Workspace<P>& tridiagonal = work.tridiagonal;
   const long size = static_cast<long>(n) * n, stride = tridiagonal.stride;
   const P zero = P::broadcast(0);
   P trace = zero;
-  for (int i = 0; i < n; ++i) trace = trace + grams[static_cast<long>(i) * n + i];
+  for (int i = 0; i < n; ++i) trace = trace + gather<P>(grams, size, static_cast<long>(i) * n + i);
   const auto valid = both<P>(zero < trace, trace < P::broadcast(ScalarTraits<T>::kInf));
   const P scale = select(valid, P::broadcast(1) / trace, zero);
   for (int i = 0; i < n; ++i) {
     P* row = tridiagonal.row(i);
-    const P* from = grams + static_cast<long>(i) * n;
-    for (int j = 0; j <= i; ++j) row[j] = select(valid, from[j] * scale, zero);
+    for (int j = 0; j <= i; ++j)
+      row[j] = select(valid, gather<P>(grams, size, static_cast<long>(i) * n + j) * scale, zero);
   }
   tridiagonalise(tridiagonal, n);
 
   P c = P::broadcast(poles.c);
   const P s = pole_scale(tridiagonal, poles.t[0], n, c);
-  for (int j = 0; j < poles.count; j += kPoleBlock)
+  for (int j = 0; j < poles.count; j += kLanePoles<P>)
     add_poles(work, poles.t + j, poles.w + j, s, n, j == 0);
   P entropy = zero, sum = zero;  // of the trace of T
   for (int k = 0; k < n; ++k) {

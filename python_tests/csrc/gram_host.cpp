@@ -149,7 +149,7 @@ template <typename X, typename L>
 void check_arranged(ses::Arrangement arrangement, const ses::GramKernels<X, L>& kernels,
                     const Inputs<X, L>& in, Outputs<X, L>& out) {
   const Shape& s = in.shape;
-  const long n = s.n(), step = ses::together(arrangement);
+  const long n = s.n(), step = ses::together(arrangement, n);
   const long rows = (n + ses::kLanes - 1) / ses::kLanes * ses::kLanes;
   const Workspace packed(kernels.arranged_bytes(arrangement, n));
   const Workspace grams(ses::arranged_doubles(arrangement, n) * static_cast<long>(sizeof(double)));
@@ -162,9 +162,10 @@ void check_arranged(ses::Arrangement arrangement, const ses::GramKernels<X, L>& 
       for (long i = 0; i < n; ++i)
         for (long j = 0; j <= i; ++j) {
           const long panel = j / ses::kLanes;
-          const double got = arrangement == ses::Arrangement::kInterleaved
-                                 ? k[(i * n + j) * ses::kLanes + b]
-                                 : k[(panel * rows + i) * ses::kLanes + j % ses::kLanes];
+          const double got =
+              arrangement == ses::Arrangement::kInterleaved
+                  ? k[((b / ses::kLanes * n + i) * n + j) * ses::kLanes + b % ses::kLanes]
+                  : k[(panel * rows + i) * ses::kLanes + j % ses::kLanes];
           const double expected = out.wide[((first + b) * n + i) * n + j];
           if (got != expected) fail("arranged gram", s, got - expected);
         }
@@ -350,6 +351,10 @@ void check_all() {
       check<X, L>(side == Side::kSamples ? Shape{3, n, other, side, n % 2 == 1}
                                          : Shape{3, other, n, side, n % 2 == 0});
     }
+  // More matrices than are arranged together, and fewer than fill the groups.
+  for (const Side side : {Side::kSamples, Side::kFeatures})
+    check<X, L>(side == Side::kSamples ? Shape{27, 7, 30, side, true}
+                                       : Shape{27, 30, 7, side, true});
   // More than one chunk of the contracted axis, and more than one strip of columns.
   check<X, L>({1, 3, 4101, Side::kSamples, true});
   check<X, L>({2, 4101, 5, Side::kFeatures, true});

@@ -233,7 +233,7 @@ Layer<M> by_kernel(const ses::RationalKernel<M>& kernel, const Layer<M>& in,
   Layer<M> layer = in.unsolved();
   const long n = layer.n;
   const ses::Arrangement arrangement = ses::arrangement_of(n, layer.batch);
-  const long step = ses::together(arrangement);
+  const long step = ses::together(arrangement, n);
   for (long first = 0; first < layer.batch; first += step) {
     ses::GramLayer<double, M> part = layer.pointers();
     part.batch = std::min(step, layer.batch - first);
@@ -284,13 +284,16 @@ template <typename M>
 Layer<M> check_bits(const Layer<M>& in, const ses::Poles& poles) {
   Layer<M> layer = in.unsolved();
   solve(layer, poles, 1);
-  constexpr long kFew = ses::kLanes / 2;  // the least that are arranged as the whole batch is
-  for (long b = 0; b < layer.batch; ++b) {
-    Layer<M> few = layer.copies_of(b, kFew);
-    solve(few, poles, 1);
-    for (long i = 0; i < kFew; ++i)
-      if (!layer.same(few, b, i))
-        fail("batch mates change the bits", spectrum_of(b), in.n, few.h[i]);
+  // The least that are arranged as the whole batch is, and a second group that is not full
+  for (const long count : {ses::kLanes / 2, ses::kLanes + 3}) {
+    if (count > ses::kLanes && in.n > ses::kMaxNTwoGroups) continue;
+    for (long b = 0; b < layer.batch; ++b) {
+      Layer<M> copies = layer.copies_of(b, count);
+      solve(copies, poles, 1);
+      for (long i = 0; i < count; ++i)
+        if (!layer.same(copies, b, i))
+          fail("batch mates change the bits", spectrum_of(b), in.n, copies.h[i]);
+    }
   }
   Layer<M> entropy = in.unsolved();
   solve(entropy, poles, 2, false);
