@@ -39,17 +39,19 @@ SES_INLINE P larger(const P& a, const P& b) {
   return select(a < b, b, a);
 }
 
-// Columns [first, first + kPacks packs) of those before `last`; returns the largest |x - anchor|.
-template <int kPacks, typename P, typename X, typename L>
+// Columns [first, first + kPacks packs) of those before `last`, all there if kWhole; returns the
+// largest |x - anchor|.
+template <int kPacks, bool kWhole, typename P, typename X, typename L>
 SES_INLINE P locate_strip(const Samples<X>& s, const X* x, long first, long last, const X* anchor,
                           L* location) {
+  const auto read = [&](const X* from, int p) {
+    const long column = first + p * P::kLanes;
+    return kWhole ? load<P>(from + column) : load<P>(from + column, last - column);
+  };
   const P zero = P::broadcast(0);
   P largest[kPacks], origin[kPacks], total[kPacks];
-  long count[kPacks];
   for (int p = 0; p < kPacks; ++p) {
-    const long column = first + p * P::kLanes;
-    count[p] = last - column;
-    origin[p] = anchor == nullptr ? zero : load<P>(anchor + column, count[p]);
+    origin[p] = anchor == nullptr ? zero : read(anchor, p);
     total[p] = largest[p] = zero;
   }
   for (long i = 0; i < s.rows; i += kRows) {
@@ -58,8 +60,7 @@ SES_INLINE P locate_strip(const Samples<X>& s, const X* x, long first, long last
     for (P& value : part) value = zero;
     for (long r = i; r < end; ++r) {
       for (int p = 0; p < kPacks; ++p) {
-        const P shifted =
-            load<P>(x + r * s.row_stride + first + p * P::kLanes, count[p]) - origin[p];
+        const P shifted = read(x + r * s.row_stride, p) - origin[p];
         largest[p] = larger(largest[p], abs(shifted));
         part[p] = part[p] + shifted;
       }
@@ -67,9 +68,10 @@ SES_INLINE P locate_strip(const Samples<X>& s, const X* x, long first, long last
     for (int p = 0; p < kPacks; ++p) total[p] = total[p] + part[p];
   }
   for (int p = 0; p < kPacks && anchor != nullptr; ++p) {
-    L* out = location + first + p * P::kLanes;
-    store(origin[p], out, count[p]);
-    store(total[p] / P::broadcast(static_cast<L>(s.rows)), out + s.columns, count[p]);
+    const long column = first + p * P::kLanes;
+    store(origin[p], location + column, last - column);
+    store(total[p] / P::broadcast(static_cast<L>(s.rows)), location + s.columns + column,
+          last - column);
   }
   for (int p = 1; p < kPacks; ++p) largest[0] = larger(largest[0], largest[p]);
   return largest[0];
@@ -83,9 +85,11 @@ L locate(const Samples<X>& s, long matrix, long first, long last, const X* ancho
   P largest = P::broadcast(0);
   long j = first;
   for (; j + kPacks * P::kLanes <= last; j += kPacks * P::kLanes)
-    largest = larger(largest, locate_strip<kPacks, P>(s, x, j, last, anchor, location));
-  for (; j < last; j += P::kLanes)
-    largest = larger(largest, locate_strip<1, P>(s, x, j, last, anchor, location));
+    largest = larger(largest, locate_strip<kPacks, true, P>(s, x, j, last, anchor, location));
+  for (; j + P::kLanes <= last; j += P::kLanes)
+    largest = larger(largest, locate_strip<1, true, P>(s, x, j, last, anchor, location));
+  if (j < last)
+    largest = larger(largest, locate_strip<1, false, P>(s, x, j, last, anchor, location));
   L lane[P::kLanes], most = 0;
   __builtin_memcpy(lane, &largest, sizeof(lane));
   for (const L value : lane) most = most < value ? value : most;
@@ -117,6 +121,13 @@ struct Standardized {
     long row_stride, count;
     P anchor, offset, scale;
     P operator[](long row) const { return standardized<false>(x + row * row_stride); }
+    // Rows [0, rows) to out: a branch for all of them.
+    void copy(long rows, P* out) const {
+      if (count < P::kLanes)
+        for (long i = 0; i < rows; ++i) out[i] = standardized<false>(x + i * row_stride);
+      else
+        for (long i = 0; i < rows; ++i) out[i] = standardized<true>(x + i * row_stride);
+    }
     template <bool kWhole>
     P standardized(const X* from) const {
       const P values = kWhole ? load<P>(from) : load<P>(from, count);
@@ -345,9 +356,11 @@ long backward_bytes(long n) {
 template <typename P, typename X, int kWidth>
 SES_INLINE void store_rows(const P (&sum)[kTileRows][kWidth], X* out, long stride, long rows,
                            long columns) {
-  for (int r = 0; r < kTileRows && r < rows; ++r)
-    for (int p = 0; p < kWidth; ++p)
-      store(sum[r][p], out + r * stride + p * P::kLanes, columns - p * P::kLanes);
+  constexpr int kLast = kWidth - 1;  // the only one that can be cut
+  for (int r = 0; r < kTileRows && r < rows; ++r) {
+    for (int p = 0; p < kLast; ++p) store(sum[r][p], out + r * stride + p * P::kLanes);
+    store(sum[r][kLast], out + r * stride + kLast * P::kLanes, columns - kLast * P::kLanes);
+  }
 }
 
 template <typename X, typename L>
@@ -387,8 +400,7 @@ void backward(const L* m, const Samples<X>& samples, const Standard<L>& standard
       constexpr int kWidth = decltype(width)::value;
       const long column = (begin + c) * P::kLanes;
       for (int p = 0; p < kWidth; ++p) {
-        const auto at = xs.template at<P>(column + p * P::kLanes);
-        for (long k = 0; k < n; ++k) right[p * n + k] = at[k];
+        xs.template at<P>(column + p * P::kLanes).copy(n, right + p * n);
       }
       for (long r = 0; r < n; r += kTileRows) {
         P sum[kTileRows][kWidth];

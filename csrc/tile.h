@@ -56,8 +56,8 @@ SES_INLINE void store(const P& y, X* out) {
   }
 }
 
-// At the end of a row: the first `count` numbers, and 0 in the lanes beyond. Out of line, so that
-// the loops stay short.
+// At the end of a row: the first `count` numbers, at least one, and 0 in the lanes beyond. Out of
+// line, so that the loops stay short.
 template <typename P, typename X>
 __attribute__((noinline)) static P load_part(const X* x, long count) {
   X padded[P::kLanes];
@@ -70,16 +70,47 @@ __attribute__((noinline)) static void store_part(const P& y, X* out, long count)
   store(y, padded);
   for (int i = 0; i < count; ++i) out[i] = padded[i];
 }
+
+// The same in one instruction, where the pack is one register.
+#if defined(__AVX512F__)
+template <typename P, typename X>
+SES_INLINE P load_masked(const X* x, unsigned lanes) {
+  P y;
+  if constexpr (sizeof(X) == sizeof(double))
+    y.r[0] = _mm512_maskz_loadu_pd(lanes, x);
+  else if constexpr (P::kLanes == 16)
+    y.r[0] = _mm512_maskz_loadu_ps(lanes, x);
+  else
+    y.r[0] = widen<typename P::Vec>(_mm256_maskz_loadu_ps(lanes, x));
+  return y;
+}
+template <typename P, typename X>  // y by value: a reference crashes GCC 12 at -O1
+SES_INLINE void store_masked(P y, X* out, unsigned lanes) {
+  if constexpr (sizeof(X) == sizeof(double))
+    _mm512_mask_storeu_pd(out, lanes, y.r[0]);
+  else if constexpr (P::kLanes == 16)
+    _mm512_mask_storeu_ps(out, lanes, y.r[0]);
+  else
+    _mm256_mask_storeu_ps(out, lanes, _mm512_maskz_cvtpd_ps(0xff, y.r[0]));
+}
+#endif
+
 template <typename P, typename X>
 SES_INLINE P load(const X* x, long count) {
-  return __builtin_expect(count < P::kLanes, 0) ? load_part<P>(x, count) : load<P>(x);
+  if (__builtin_expect(count >= P::kLanes, 1)) return load<P>(x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(P) == sizeof(typename P::Vec)) return load_masked<P>(x, (1u << count) - 1);
+#endif
+  return load_part<P>(x, count);
 }
 template <typename P, typename X>
 SES_INLINE void store(const P& y, X* out, long count) {
-  if (__builtin_expect(count < P::kLanes, 0))
-    store_part(y, out, count);
-  else
-    store(y, out);
+  if (__builtin_expect(count >= P::kLanes, 1)) return store(y, out);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(P) == sizeof(typename P::Vec))
+    return store_masked(y, out, (1u << count) - 1);
+#endif
+  store_part(y, out, count);
 }
 
 // Lines asked for ahead of their use; of more than this the cache would lose the first.
