@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
-from ses_kernels import entropy, ops, solvers
+from ses_kernels import entropy, ops, solvers, torch_rows
 
 
 class Options(NamedTuple):
@@ -211,7 +211,7 @@ def _hessian_product(options, v, x, m, location, scale) -> Tensor:  # v (b, B, d
     else:
         w, q, noise = solvers.spectrum(solvers.gram(x, location, scale, options), options)
     scale = scale.to(q.dtype)
-    xs = ops.standardize(x, location.to(q.dtype), scale)
+    xs = torch_rows.standardize(x, location.to(q.dtype), scale)
     vs = v.to(q.dtype) * scale[:, None, None]
     if options.center:  # exactly: 1 is in the null space, where the divided differences are largest
         xs, vs = (y - y.mean(1, keepdim=True) for y in (xs, vs))

@@ -34,7 +34,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ses_kernels import ops
+from ses_kernels import ops, torch_rows
 
 OVERSAMPLING = 8  # directions computed, and used, beyond the rank asked for: q = rank + 8
 _POWER_ITERATIONS = 2
@@ -174,7 +174,7 @@ def _standardized(x, location, scale) -> Iterator[tuple[slice, Tensor]]:
     step = max(1, _BLOCK // (x.shape[0] * x.shape[2]))
     for i in range(0, x.shape[1], step):
         rows = slice(i, i + step)
-        yield rows, ops.standardize(x[:, rows], location, scale)
+        yield rows, torch_rows.standardize(x[:, rows], location, scale)
 
 
 def _log(p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of operations: schema, fake, torch row and kernel rows of each; picks the backend.
+"""The table of operations: schema, fake and rows of each; picks the backend.
 
     location_scale  where x lies and how large it is, in one pass
     gram            K of the standardised x
@@ -17,13 +17,11 @@ offset out of the rounding of the mean.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ses_kernels import crossover, partial_fractions
+from ses_kernels import crossover, partial_fractions, torch_rows
 
 try:
     import ses_kernels._C as _C
@@ -110,144 +108,6 @@ def _fused(backend: str, missing: str | None) -> bool:
     return backend != "torch" and missing is None
 
 
-# ---- torch rows -----------------------------------------------------------------------------
-
-_BLOCK = 1 << 18  # elements of x standardised at a time: bounds the temporaries, fits the L2 cache
-_STRIP = 64  # rows of a Gram matrix computed at a time: shorter ones leave BLAS below its speed
-
-
-def standardize(x: Tensor, location: Tensor, scale: Tensor) -> Tensor:  # (b, B, d)
-    xs = x.to(scale.dtype)
-    if location.shape[1]:
-        xs = xs - location[:, :1]
-        xs -= location[:, 1:]
-        return xs.mul_(scale[:, None, None])
-    return xs * scale[:, None, None]
-
-
-def _blocks(x: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
-    """(matrices, range of ``axis``) that together cover x (b, B, d)."""
-    block = _BLOCK if x.device.type == "cpu" else 64 * _BLOCK  # a launch wants more work
-    size = x.shape[1] * x.shape[2]
-    matrices = max(1, block // size)
-    along = x.shape[axis] if size <= block else max(1, block * x.shape[axis] // size)
-    for i in range(0, x.shape[0], matrices):
-        for j in range(0, x.shape[axis], along):
-            yield slice(i, i + matrices), slice(j, j + along)
-
-
-def _standardized_blocks(x, location, scale, side) -> Iterator[tuple]:
-    """(matrices, rows, columns, Xs there), cut along the axis that the Gram matrix contracts."""
-    for matrices, part in _blocks(x, 2 if side == "samples" else 1):
-        rows, columns = (slice(None), part) if side == "samples" else (part, slice(None))
-        xs = standardize(
-            x[matrices, rows, columns], location[matrices, :, columns], scale[matrices]
-        )
-        yield matrices, rows, columns, xs
-
-
-def _location_scale_torch(x, anchor, dtype, backend):
-    b, _, d = x.shape
-    total = x.new_zeros(b, d, dtype=dtype)
-    largest = x.new_zeros(b, dtype=dtype)
-    first = anchor.to(dtype)
-    for matrices, rows in _blocks(x, 1):
-        shifted = x[matrices, rows].to(dtype)
-        if anchor.shape[1]:
-            shifted = shifted - first[matrices]
-            total[matrices] += shifted.sum(1)
-        low, high = shifted.aminmax() if b == 1 else (shifted.amin((1, 2)), shifted.amax((1, 2)))
-        largest[matrices] = largest[matrices].maximum(torch.maximum(high, -low))
-    if not anchor.shape[1]:
-        return x.new_empty(b, 0, d, dtype=dtype), power_of_two(largest)
-    return torch.cat([first, total[:, None] / x.shape[1]], 1), power_of_two(largest)
-
-
-def power_of_two(largest: Tensor) -> Tensor:
-    """The power of two that brings ``largest`` into [1/2, 1), 1 for 0."""
-    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
-    return torch.ldexp(torch.ones_like(largest), -exponent)
-
-
-def _gram_torch(x, location, scale, side, dtype, backend):
-    n = x.shape[1] if side == "samples" else x.shape[2]
-    gram = x.new_empty(x.shape[0], n, n, dtype=dtype)
-    location, scale = location.to(dtype), scale.to(dtype)
-    strip = max(_STRIP, -(-n // 4))
-    for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side):
-        left = xs if side == "samples" else xs.mT
-        first = not (rows.start or columns.start)
-        for i in range(0, n, strip):  # rows up to the diagonal: the rest is their mirror image
-            gram[matrices, i : i + strip, : i + strip].baddbmm_(
-                left[:, i : i + strip], left[:, : i + strip].mT, beta=0 if first else 1
-            )
-    for i in range(strip, n, strip):
-        gram[:, :i, i : i + strip] = gram[:, i : i + strip, :i].mT
-    return gram
-
-
-def _gram_backward_torch(m, x, location, scale, g, side, backend):
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    m = m * (2 * scale * g)[:, None, None]  # into scale it would square the size of x: out of range
-    for matrices, rows, columns, xs in _standardized_blocks(x, location, scale, side):
-        factors = (m[matrices], xs) if side == "samples" else (xs, m[matrices])
-        block = out[matrices, rows, columns]
-        if x.dtype == scale.dtype:
-            block.baddbmm_(*factors, beta=0)  # written where it belongs
-        else:
-            block.copy_(torch.bmm(*factors))
-    return out
-
-
-def double_center(m: Tensor) -> Tensor:  # (b, n, n), in place
-    """J M J, J = I - 11^T / n."""
-    row = m.mean(-1)
-    row -= row.mean(-1, keepdim=True) / 2
-    return m.sub_(row[:, :, None]).sub_(row[:, None, :])
-
-
-def _rational_torch(grams, center, dtype, gradient, backend):
-    hs, ms = [], []
-    for gram, centered in zip(grams, center, strict=True):
-        h, m = partial_fractions.entropy(gram, dtype)
-        hs.append(h.to(dtype))
-        ms.append((double_center(m) if centered else m).to(dtype))
-    return hs + (ms if gradient else [m.new_empty(m.shape[0], 0, 0) for m in ms])
-
-
-def _rational_from_samples_in_steps(xs, center, gradient, backend):
-    compute = widened(xs[0])
-    sides = [smaller_side(x) for x in xs]
-    located = [location_scale(x, x[:, :1] if center else x[:, :0], compute, backend) for x in xs]
-    dtype = rational_gram_dtype(xs[0].device, compute)
-    grams = [
-        gram(x, *at, side, dtype, backend) for x, at, side in zip(xs, located, sides, strict=True)
-    ]
-    centered = [center and side == "samples" for side in sides]
-    results = rational(grams, centered, compute, gradient, backend)
-    return results + [location for location, _ in located] + [scale for _, scale in located]
-
-
-def _eigh_torch(a, backend):
-    a, bad = _without_nan(a)
-    w, v = torch.linalg.eigh(a)
-    return (w if bad is None else w.masked_fill(bad, torch.nan)), v
-
-
-def _eigvalsh_torch(a):
-    a, bad = _without_nan(a)
-    w = torch.linalg.eigvalsh(a)
-    return w if bad is None else w.masked_fill(bad, torch.nan)
-
-
-def _without_nan(a):
-    """LAPACK rejects NaN for the whole batch: zeros for such matrices, and which they are."""
-    if math.isfinite(a.sum()):  # a look on the host, as torch.linalg.eigh itself takes
-        return a, None
-    bad = ~a.isfinite().all(-1).all(-1)[:, None]
-    return a.masked_fill(bad[..., None], 0), bad
-
-
 # ---- kernel rows ----------------------------------------------------------------------------
 
 
@@ -271,7 +131,7 @@ def _standard(location: Tensor, scale: Tensor) -> tuple[int, ...]:
 
 def _location_scale_cpu(x, anchor, dtype, backend):
     if not _fused(backend, _samples_missing(x) or _samples_missing(anchor)):
-        return _location_scale_torch(x, anchor, dtype, backend)
+        return torch_rows.location_scale(x, anchor, dtype, backend)
     location, scale = _location_scale_fake(x, anchor, dtype, backend)
     _C.location_scale(
         *_samples(x, dtype), anchor.data_ptr() if anchor.shape[1] else 0, anchor.stride(0),
@@ -282,7 +142,7 @@ def _location_scale_cpu(x, anchor, dtype, backend):
 
 def _gram_cpu(x, location, scale, side, dtype, backend):
     if not _fused(backend, _samples_missing(x)):
-        return _gram_torch(x, location, scale, side, dtype, backend)
+        return torch_rows.gram(x, location, scale, side, dtype, backend)
     location, scale = location.contiguous(), scale.contiguous()
     gram = _gram_fake(x, location, scale, side, dtype, backend)
     _C.gram(
@@ -294,7 +154,7 @@ def _gram_cpu(x, location, scale, side, dtype, backend):
 
 def _gram_backward_cpu(m, x, location, scale, g, side, backend):
     if not _fused(backend, _samples_missing(x)):
-        return _gram_backward_torch(m, x, location, scale, g, side, backend)
+        return torch_rows.gram_backward(m, x, location, scale, g, side, backend)
     m, location, scale = m.contiguous(), location.contiguous(), scale.contiguous()
     out = _gram_backward_fake(m, x, location, scale, g, side, backend)
     _C.gram_backward(
@@ -315,7 +175,7 @@ def _rational_missing(grams: list[Tensor]) -> str | None:
 
 def _rational_cpu(grams, center, dtype, gradient, backend):
     if not _fused(backend, _rational_missing(grams)):
-        return _rational_torch(grams, center, dtype, gradient, backend)
+        return torch_rows.rational(grams, center, dtype, gradient, backend)
     outputs = _rational_fake(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     _C.rational_cpu(
@@ -364,7 +224,7 @@ def _rational_missing_cuda(grams: list[Tensor], dtype: torch.dtype) -> str | Non
 
 def _rational_cuda(grams, center, dtype, gradient, backend):
     if not _fused(backend, _rational_missing_cuda(grams, dtype)):
-        return _rational_torch(grams, center, dtype, gradient, backend)
+        return torch_rows.rational(grams, center, dtype, gradient, backend)
     outputs = _rational_fake(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     layers = _layers(grams, center, outputs)
@@ -387,7 +247,7 @@ def _layers(grams, center, outputs) -> list[tuple]:
 
 def _location_scale_cuda(x, anchor, dtype, backend):
     if not _fused(backend, _gram_missing(x, dtype)):
-        return _location_scale_torch(x, anchor, dtype, backend)
+        return torch_rows.location_scale(x, anchor, dtype, backend)
     from ses_kernels.kernels import gram
 
     if anchor.shape[1]:
@@ -397,7 +257,7 @@ def _location_scale_cuda(x, anchor, dtype, backend):
 
 def _gram_cuda(x, location, scale, side, dtype, backend):
     if not _fused(backend, _gram_missing(x, dtype)):
-        return _gram_torch(x, location, scale, side, dtype, backend)
+        return torch_rows.gram(x, location, scale, side, dtype, backend)
     from ses_kernels.kernels import gram
 
     return gram.gram(x, location if location.shape[1] else None, scale, side)
@@ -405,7 +265,7 @@ def _gram_cuda(x, location, scale, side, dtype, backend):
 
 def _gram_backward_cuda(m, x, location, scale, g, side, backend):
     if not _fused(backend, _gram_missing(x, scale.dtype)):
-        return _gram_backward_torch(m, x, location, scale, g, side, backend)
+        return torch_rows.gram_backward(m, x, location, scale, g, side, backend)
     from ses_kernels.kernels import gram
 
     location = location if location.shape[1] else None
@@ -425,7 +285,7 @@ def _eigh_fused(a: Tensor, backend: str) -> bool:
 
 def _eigh_cpu(a, backend):
     if not _eigh_fused(a, backend):
-        return _eigh_torch(a, backend)
+        return torch_rows.eigh(a, backend)
     a = a.contiguous()
     w, v = _eigh_outputs(a)
     _C.eigh_cpu(
@@ -437,7 +297,7 @@ def _eigh_cpu(a, backend):
 
 def _eigh_cuda(a, backend):
     if not _eigh_fused(a, backend):
-        return _eigh_torch(a, backend)
+        return torch_rows.eigh(a, backend)
     a = a.contiguous()
     w, v = _eigh_outputs(a)
     stream = torch.cuda.current_stream(a.device).cuda_stream
@@ -446,6 +306,22 @@ def _eigh_cuda(a, backend):
         a.device.index, stream,
     )  # fmt: skip
     return w, v.mT
+
+
+# ---- one operation by others ----------------------------------------------------------------
+
+
+def _rational_from_samples_in_steps(xs, center, gradient, backend):
+    compute = widened(xs[0])
+    sides = [smaller_side(x) for x in xs]
+    located = [location_scale(x, x[:, :1] if center else x[:, :0], compute, backend) for x in xs]
+    dtype = rational_gram_dtype(xs[0].device, compute)
+    grams = [
+        gram(x, *at, side, dtype, backend) for x, at, side in zip(xs, located, sides, strict=True)
+    ]
+    centered = [center and side == "samples" for side in sides]
+    results = rational(grams, centered, compute, gradient, backend)
+    return results + [location for location, _ in located] + [scale for _, scale in located]
 
 
 # ---- the table ------------------------------------------------------------------------------
@@ -496,7 +372,7 @@ _register(
     "location_scale",
     "(Tensor x, Tensor anchor, ScalarType dtype, str backend) -> (Tensor, Tensor)",
     fake=_location_scale_fake,
-    default=_location_scale_torch,
+    default=torch_rows.location_scale,
     CPU=_location_scale_cpu,
     CUDA=_location_scale_cuda,
 )
@@ -504,7 +380,7 @@ _register(
     "gram",
     "(Tensor x, Tensor location, Tensor scale, str side, ScalarType dtype, str backend) -> Tensor",
     fake=_gram_fake,
-    default=_gram_torch,
+    default=torch_rows.gram,
     CPU=_gram_cpu,
     CUDA=_gram_cuda,
 )
@@ -513,7 +389,7 @@ _register(
     "(Tensor m, Tensor x, Tensor location, Tensor scale, Tensor g, str side, str backend)"
     " -> Tensor",
     fake=_gram_backward_fake,
-    default=_gram_backward_torch,
+    default=torch_rows.gram_backward,
     CPU=_gram_backward_cpu,
     CUDA=_gram_backward_cuda,
 )
@@ -521,7 +397,7 @@ _register(
     "rational",
     "(Tensor[] grams, bool[] center, ScalarType dtype, bool gradient, str backend) -> Tensor[]",
     fake=_rational_fake,
-    default=_rational_torch,
+    default=torch_rows.rational,
     CPU=_rational_cpu,
     CUDA=_rational_cuda,
 )
@@ -536,7 +412,7 @@ _register(
     "eigh",
     "(Tensor a, str backend) -> (Tensor, Tensor)",
     fake=_eigh_fake,
-    default=_eigh_torch,
+    default=torch_rows.eigh,
     CPU=_eigh_cpu,
     CUDA=_eigh_cuda,
 )
@@ -551,4 +427,4 @@ eigh = torch.ops.ses_kernels.eigh.default
 
 def eigvalsh(a: Tensor, backend: str) -> Tensor:  # (b, n, n) -> (b, n)
     """Eigenvalues alone. The kernels make the vectors all the same; LAPACK is faster without."""
-    return eigh(a, backend)[0] if _eigh_fused(a, backend) else _eigvalsh_torch(a)
+    return eigh(a, backend)[0] if _eigh_fused(a, backend) else torch_rows.eigvalsh(a)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ses_kernels import crossover, distributed, entropy, ops
+from ses_kernels import crossover, distributed, entropy, ops, torch_rows
 
 # ---- which solver, and in which precision ---------------------------------------------------
 
@@ -167,7 +167,7 @@ def _solve_svd(xs, options):
 
 
 def _centered(m: Tensor, x: Tensor, options) -> Tensor:
-    return ops.double_center(m) if options.gradient and _centers(x, options) else m
+    return torch_rows.double_center(m) if options.gradient and _centers(x, options) else m
 
 
 def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor, float]:
@@ -186,7 +186,7 @@ def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor, float]:
 
 def singular_spectrum(x, location, scale, side, gradient=True):
     """The same from an SVD of x (b, B, d): n eigenvalues and vectors of the side, n = min(B, d)."""
-    xs = ops.standardize(x, location, scale)
+    xs = torch_rows.standardize(x, location, scale)
     if side == "features":
         xs = xs.mT
     finite = xs.isfinite().all(-1).all(-1)[:, None, None]  # LAPACK rejects NaN for the whole batch
