@@ -30,7 +30,7 @@ MEASURED = {
         "device": "AMD EPYC",
         "threads": 2,
         "torch": "2.13.0+cpu",
-        "commit": "8737543fa2de982a77cc176184df2a17274f9503",
+        "commit": "0183d8d2929457f9f6d213aa397a9b71029834ed",
         "dirty": False,
         "date": "2026-11-22",
     },
@@ -41,8 +41,8 @@ MEASURED = {
 
 # {largest n: smallest batch} between which the extension's eigh is the faster.
 EIGH = {
-    ("cpu", torch.float32): {48: 1, 80: 2, 128: 3},
-    ("cpu", torch.float64): {48: 1, 128: 2},
+    ("cpu", torch.float32): {32: 1, 80: 2, 112: 3, 128: 4},
+    ("cpu", torch.float64): {32: 1, 64: 2, 128: 3},
     ("cuda", torch.float32): {170: 1},
     ("cuda", torch.float64): {170: 1},
 }
