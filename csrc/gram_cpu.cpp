@@ -121,12 +121,13 @@ struct Standardized {
     long row_stride, count;
     P anchor, offset, scale;
     P operator[](long row) const { return standardized<false>(x + row * row_stride); }
-    // Rows [0, rows) to out: a branch for all of them.
-    void copy(long rows, P* out) const {
+    // Rows [first, first + rows) to out: a branch for all of them.
+    void copy(long first, long rows, P* out) const {
+      const X* from = x + first * row_stride;
       if (count < P::kLanes)
-        for (long i = 0; i < rows; ++i) out[i] = standardized<false>(x + i * row_stride);
+        for (long i = 0; i < rows; ++i) out[i] = standardized<false>(from + i * row_stride);
       else
-        for (long i = 0; i < rows; ++i) out[i] = standardized<true>(x + i * row_stride);
+        for (long i = 0; i < rows; ++i) out[i] = standardized<true>(from + i * row_stride);
     }
     template <bool kWhole>
     P standardized(const X* from) const {
@@ -192,10 +193,8 @@ void gram_panels(const Samples<X>& samples, const Standard<L>& standard, Side si
         }
       }
     } else {
-      for (long p = 0; p < panels; ++p) {
-        const auto columns = xs.template at<P>(p * kPanel);
-        for (long k = 0; k < count; ++k) packed[p * step + k] = columns[first + k];
-      }
+      for (long p = 0; p < panels; ++p)
+        xs.template at<P>(p * kPanel).copy(first, count, packed + p * step);
     }
     for (long b = part; b < panels; b += parts) {
       for_widths(static_cast<int>(b) + 1, [&](int c, auto width) {
@@ -333,10 +332,9 @@ void gram_arranged(Arrangement arrangement, const Samples<X>& samples, const Sta
   if (arrangement == Arrangement::kPanels)
     return gram_panels(samples, standard, side, first, 0, 1, out, packed);
   const long n = side == Side::kSamples ? samples.rows : samples.columns;
-  for (int group = 0; group < count; group += kLanes)
-    gram_lanes(samples, standard, side, first + group,
-               count - group < kLanes ? count - group : kLanes, out + group / kLanes * n * n,
-               packed);
+  for_groups(count, kLanes, [&](int group, int size) {
+    gram_lanes(samples, standard, side, first + group, size, out + group / kLanes * n * n, packed);
+  });
 }
 
 // ---- the product with a symmetric matrix ----
@@ -399,9 +397,8 @@ void backward(const L* m, const Samples<X>& samples, const Standard<L>& standard
     for_widths(static_cast<int>(end - begin), [&](int c, auto width) {
       constexpr int kWidth = decltype(width)::value;
       const long column = (begin + c) * P::kLanes;
-      for (int p = 0; p < kWidth; ++p) {
-        xs.template at<P>(column + p * P::kLanes).copy(n, right + p * n);
-      }
+      for (int p = 0; p < kWidth; ++p)
+        xs.template at<P>(column + p * P::kLanes).copy(0, n, right + p * n);
       for (long r = 0; r < n; r += kTileRows) {
         P sum[kTileRows][kWidth];
         clear(sum);

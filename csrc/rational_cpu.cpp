@@ -38,21 +38,21 @@ long workspace_bytes(Arrangement arrangement, int n, int poles) {
 void arrange(Arrangement arrangement, const double* grams, int count, int n, double* out) {
   if (arrangement == Arrangement::kPanels) return to_panels(grams, n, reinterpret_cast<P*>(out));
   const long size = static_cast<long>(n) * n;
-  for (int group = 0; group < count; group += kLanes)
-    interleave(grams + group * size, count - group < kLanes ? count - group : kLanes, n,
-               reinterpret_cast<P*>(out) + group / kLanes * size);
+  for_groups(count, kLanes, [&](int first, int together) {
+    interleave(grams + first * size, together, n,
+               reinterpret_cast<P*>(out) + first / kLanes * size);
+  });
 }
 
 template <typename Lanes, typename M>
 void run_interleaved(const GramLayer<double, M>& layer, const PaddedPoles<double>& poles,
                      void* workspace) {
   const long size = static_cast<long>(layer.n) * layer.n;
-  for (long first = 0; first < layer.batch; first += Lanes::kLanes) {
-    const long count = layer.batch - first < Lanes::kLanes ? layer.batch - first : Lanes::kLanes;
+  for_groups(static_cast<int>(layer.batch), Lanes::kLanes, [&](int first, int count) {
     rational<Lanes>(reinterpret_cast<const P*>(layer.gram) + first / kLanes * size, layer.h + first,
-                    layer.m == nullptr ? nullptr : layer.m + first * size, static_cast<int>(count),
-                    layer.n, layer.center, poles, workspace);
-  }
+                    layer.m == nullptr ? nullptr : layer.m + first * size, count, layer.n,
+                    layer.center, poles, workspace);
+  });
 }
 
 template <typename M>

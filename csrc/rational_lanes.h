@@ -145,13 +145,14 @@ static void interleave(const typename P::Scalar* grams, int count, int n, P* out
 
 // The registers of a group of eight matrices.
 template <typename P>
-using Group = Pack<typename P::Scalar, sizeof(typename P::Vec),
-                   kPanel * sizeof(typename P::Scalar) / sizeof(typename P::Vec)>;
+constexpr int kGroupRegisters = kPanel * sizeof(typename P::Scalar) / sizeof(typename P::Vec);
+template <typename P>
+using Group = Pack<typename P::Scalar, sizeof(typename P::Vec), kGroupRegisters<P>>;
 
 // Entry `at` of every matrix, from groups of `size` entries.
 template <typename P>
 SES_INLINE P gather(const Group<P>* groups, long size, long at) {
-  constexpr int kRegisters = sizeof(Group<P>) / sizeof(typename P::Vec);
+  constexpr int kRegisters = kGroupRegisters<P>;
   P x;
   for (int i = 0; i < kRegisters * P::kLanes / kPanel; ++i)
     x.r[i] = groups[i / kRegisters * size + at].r[i % kRegisters];
@@ -161,7 +162,7 @@ SES_INLINE P gather(const Group<P>* groups, long size, long at) {
 // Eight columns of `count` matrices, rows of `size` numbers apart.
 template <typename P, typename M>
 SES_INLINE void scatter(const P* column, M* first, long size, int count, long columns) {
-  constexpr int kRegisters = sizeof(Group<P>) / sizeof(typename P::Vec);
+  constexpr int kRegisters = kGroupRegisters<P>;
   for (int group = 0; group < P::kLanes / kPanel; ++group) {
     Group<P> part[kPanel];
     for (int k = 0; k < kPanel; ++k)

@@ -127,6 +127,13 @@ SES_INLINE void prefetch(const T* from, long count) {
   }
 }
 
+// f(first, size) for groups of up to `most` that make up `count`.
+template <typename F>
+SES_INLINE void for_groups(int count, int most, F f) {
+  for (int first = 0; first < count; first += most)
+    f(first, count - first < most ? count - first : most);
+}
+
 template <int kPanels>
 struct Width {
   static constexpr int value = kPanels;
