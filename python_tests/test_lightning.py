@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import pathlib
+import pickle
 import runpy
 import subprocess
 import sys
@@ -226,6 +227,29 @@ def test_leaves_the_module_as_it_was(tmp_path, fails):
     assert is_as_before(module)
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_during_fit_run_their_own_step(tmp_path, how):
+    """An average of weights, or a saved module: of its own weights, and without a penalty."""
+    copies = []
+
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *arguments):
+            copies.append(how(module))
+
+    module, callback = Module(), ses()
+    trainer(tmp_path, callback, Copies(), max_steps=1).fit(module, data())
+    (copied,) = copies
+    assert copied.training_step.__self__ is copied
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.zero_()
+    steps = callback.regularizer.step
+    loss = copied.training_step(next(iter(data())))
+    assert loss.item() == pytest.approx(math.log(4))  # of weights that are zero
+    assert len(module.tasks) == 1
+    assert callback.regularizer.step == steps
+
+
 def test_skipped_step(tmp_path):
     """A step that returns None is skipped, and what its forward pass left is not counted later."""
     module, probe, callback = Module(), Probe(), ses()
@@ -235,7 +259,7 @@ def test_skipped_step(tmp_path):
                         (module.tasks, probe.penalties()))  # fmt: skip
     expected = [t.item() + p for t, p in zip(tasks, penalties, strict=True)]
     assert probe.losses == pytest.approx(expected, rel=1e-5)
-    assert callback.state_dict() == {"step": 3}
+    assert callback.state_dict()["step"] == 3
 
 
 def test_resumes_bitwise_with_the_step(tmp_path):
@@ -247,7 +271,7 @@ def test_resumes_bitwise_with_the_step(tmp_path):
     callback, probe = ses(every_k=3), Probe()
     resumed = trainer(tmp_path, callback, probe, max_epochs=2)
     resumed.fit(second, data(), ckpt_path=tmp_path / "half.ckpt")
-    assert callback.state_dict() == {"step": 8}
+    assert callback.state_dict()["step"] == 8
     # Steps 4 to 7: only 6 is a multiple of 3.
     added = [loss - task.item() for loss, task in zip(probe.losses, second.tasks, strict=True)]
     assert [a > 1e-6 for a in added] == [False, False, True, False]

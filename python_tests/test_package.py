@@ -16,7 +16,8 @@ PACKAGE = ROOT / "ses_kernels"
 # Each file may import those before it; reference.py, another route, imports none of them.
 LAYERS = ["reference", "kernels.gram", "_C", "rational", "partial_fractions", "crossover",
           "torch_rows", "ops", "lowrank", "distributed", "entropy", "solvers", "autograd",
-          "linalg", "functional", "metrics", "pooling", "layers", "regularizer",
+          "linalg", "functional", "metrics", "schedules", "blocks", "evidence", "layout", "layers",
+          "pooling", "options", "capture", "regularizer",
           "integrations.lightning", "integrations.transformers", "__init__",
           "__main__"]  # fmt: skip
 
@@ -52,8 +53,9 @@ def test_imports_go_down_the_layers():
 
 def test_only_ops_names_a_device():
     """autograd.py and what it builds on run on any device: no file but ops.py asks which."""
-    for name in ("regularizer", "layers", "pooling", "metrics", "functional", "autograd", "solvers",
-                 "entropy", "distributed", "lowrank", "reference"):  # fmt: skip
+    for name in ("regularizer", "capture", "options", "layers", "blocks", "evidence", "layout",
+                 "pooling", "schedules", "metrics", "functional", "autograd", "solvers", "entropy",
+                 "distributed", "lowrank", "reference"):  # fmt: skip
         text = (PACKAGE / f"{name}.py").read_text()
         code = re.sub(r'""".*?"""|#.*', "", text, flags=re.S)
         assert "cuda" not in code.lower(), name
@@ -113,8 +115,9 @@ def test_main_prints_every_part():
         assert word in done.stdout
 
 
-def test_readme_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+@pytest.mark.parametrize("page", ["README.md", "docs/shaping.md"])
+def test_examples_run(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
     assert blocks
     for block in blocks:
         done = run(block)

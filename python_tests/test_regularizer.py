@@ -164,12 +164,17 @@ def test_summary():
     model = Net()
     reg = SESRegularizer(model, beta=0.5, alpha={"avgpool": 2})
     header, *rows = reg.summary().splitlines()
-    assert header.split() == ["layer", "module", "d", "beta", "target", "alpha"]
-    assert rows[0].split() == ["blocks.0", "BasicBlock", "?", "0.5", "?", "1"]
+    assert header.split() == ["layer", "module", "d", "beta", "target", "alpha", "samples",
+                              "shape", "averaged", "rule"]  # fmt: skip
+    unknown = ["?"] * 4
+    assert rows[0].split() == ["blocks.0", "BasicBlock", "?", "0.5", "?", "1", *unknown]
     model(batch()[0])
     reg.loss()
-    last = reg.summary().splitlines()[-1].split()
-    assert last == ["avgpool", "AdaptiveAvgPool2d", "16", "0.5", f"{0.5 * math.log(16):.3f}", "2"]
+    last = reg.summary().splitlines()[-1]
+    numbers = ["16", "0.5", f"{0.5 * math.log(16):.3f}", "2", "40"]
+    assert last.split()[:7] == ["avgpool", "AdaptiveAvgPool2d", *numbers]
+    assert last.endswith("(40, 16, 1, 1)  2, 3      features of AdaptiveAvgPool2d; "
+                         "the batch of the input")  # fmt: skip
 
 
 # ---- which layers ----
@@ -194,7 +199,8 @@ def test_layers(layers, expected):
 
 def test_default_layers_of_transformers():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
-    reg = SESRegularizer(encoder)
+    assert SESRegularizer(encoder).layers == ("layers.0", "layers.1")
+    reg = SESRegularizer(encoder, layers=["attention", "mlp"])
     assert reg.layers == tuple(f"layers.{i}.{n}" for i in (0, 1) for n in ("self_attn", "linear2"))
     encoder(torch.randn(20, 5, 16))  # attention puts out a tuple: (features, weights)
     assert reg.loss() > 0
@@ -214,7 +220,9 @@ def test_default_layers_where_attention_is_made_of_attention_and_output():
             self.attention, self.output = Attention(), nn.Linear(4, 4)
 
     model = nn.Sequential(Block(), Block())
-    assert SESRegularizer(model).layers == ("0.attention", "0.output", "1.attention", "1.output")
+    assert SESRegularizer(model).layers == ("0", "1")
+    reg = SESRegularizer(model, layers=["attention", "mlp"])
+    assert reg.layers == ("0.attention", "0.output", "1.attention", "1.output")
 
 
 @pytest.mark.parametrize(
@@ -358,23 +366,99 @@ def test_a_layer_that_runs_twice_counts_as_the_mean_of_its_calls():
     assert list(reg.entropies) == ["layer", "other"]
 
 
-def test_only_the_last_forward_pass_counts():
+def test_two_views_count_as_the_mean():
+    """Two forward passes before one loss(): neither is dropped, and it is said once."""
+    model = Net()
+    reg = SESRegularizer(model)
+    recorder = Recorder(*model.blocks, model.avgpool)
+    for warned in (True, False):
+        model(batch(seed=2)[0])
+        first = list(recorder.features)
+        model(batch(seed=3)[0])
+        expected = (recipe(first) + recipe(recorder.features)) / 2
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            penalty = reg.loss()
+        assert [("2 forward passes" in str(w.message)) for w in caught] == [True] * warned
+        assert penalty.item() == pytest.approx(expected.item(), rel=1e-5)
+        weights = list(model.blocks.parameters())
+        ours, reference = (
+            torch.cat([g.flatten().double() for g in torch.autograd.grad(
+                loss, weights, retain_graph=True)])
+            for loss in (penalty, expected)
+        )  # fmt: skip
+        assert relative(ours, reference) < 1e-5
+
+
+def test_a_pass_that_was_differentiated_is_left_out():
+    """Where loss() is not called in every step: by then such a graph is freed, its weights gone."""
+    model = Net()
+    reg = SESRegularizer(model)
+    recorder = Recorder(*model.blocks, model.avgpool)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(4):
+            F.cross_entropy(model(batch(seed=seed)[0]), batch()[1]).backward()
+            assert len(reg._features) == 4
+            if seed > 1:
+                optimizer.step()
+    assert ["left out, since a backward pass" in str(w.message) for w in caught] == [True]
+    model(batch(seed=9)[0])
+    loss = reg.loss()
+    assert loss.item() == pytest.approx(recipe(recorder.features).item(), rel=1e-5)
+    loss.backward()
+
+
+def test_a_forward_pass_that_failed_is_left_out():
+    class Fails(Net):
+        fails = False
+
+        def forward(self, x):
+            x = self.blocks(self.stem(x))
+            if self.fails:
+                raise ZeroDivisionError
+            return self.head(self.avgpool(x).flatten(1))
+
+    model = Fails()
+    reg = SESRegularizer(model)
+    model.fails = True
+    with pytest.raises(ZeroDivisionError):
+        model(batch(seed=2)[0])
+    model.fails = False
+    recorder = Recorder(*model.blocks, model.avgpool)
+    model(batch(seed=3)[0])
+    with pytest.warns(UserWarning, match="not the same layers ran"):
+        loss = reg.loss()
+    assert loss.item() == pytest.approx(recipe(recorder.features).item(), rel=1e-5)
+
+
+def test_begin_forgets_what_no_loss_took():
+    model = Net()
+    reg = SESRegularizer(model)
+    model(batch(seed=2)[0])
+    reg.begin()
+    recorder = Recorder(*model.blocks, model.avgpool)
+    model(batch(seed=3)[0])
+    assert reg.loss().item() == pytest.approx(recipe(recorder.features).item(), rel=1e-5)
+
+
+def test_passes_that_measure_nothing_take_nothing_away():
     model = Net()
     reg = SESRegularizer(model)
     recorder = Recorder(*model.blocks, model.avgpool)
     model(batch(seed=2)[0])
+    expected = recipe(recorder.features)
+    with torch.no_grad():
+        model(batch(seed=3)[0])
+    model.eval()
     model(batch(seed=3)[0])
-    assert reg.loss().item() == pytest.approx(recipe(recorder.features).item(), rel=1e-5)
-
-
-def test_a_forward_pass_that_failed_leaves_nothing():
-    model = Net()
-    reg = SESRegularizer(model)
-    with pytest.raises(RuntimeError):
-        nn.Sequential(model, nn.Linear(3, 3))(batch(seed=2)[0])
-    recorder = Recorder(*model.blocks, model.avgpool)
-    model(batch(seed=3)[0])
-    assert reg.loss().item() == pytest.approx(recipe(recorder.features).item(), rel=1e-5)
+    model.train()
+    with reg.disabled():
+        model(batch(seed=3)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reg.loss().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # ---- when it measures ----
@@ -398,7 +482,7 @@ def test_disabled():
         model(batch()[0])
         assert reg._features == []
         assert reg.loss().item() == 0
-        assert reg.state_dict() == {"step": 0}
+        assert reg.step == 0
         with reg.disabled():
             pass
         assert reg.loss().item() == 0
@@ -612,7 +696,7 @@ def test_compiled(attach_first):
             grads.append(gradients(loss, net))
         assert relative(*grads) < 1e-5
         assert reg.state_dict() == eager_reg.state_dict()
-        assert measured == (reg.state_dict()["step"] % 2 == 1)
+        assert measured == reg.measured == (reg.step % 2 == 1)
     assert reg.entropies == pytest.approx(eager_reg.entropies, abs=1e-5)
     model.eval()
     compiled(x)
@@ -721,7 +805,7 @@ def test_bug_hooks_active_in_evaluation():
         model(batch()[0])
         assert reg._features == []
         assert reg.loss().item() == 0
-    assert reg.state_dict() == {"step": 0}
+    assert reg.step == 0
 
 
 def test_bug_models_not_freed_between_runs():
@@ -783,7 +867,7 @@ def test_bug_spectral_norm_of_the_wrong_module():
                           "blocks.1.skip")  # fmt: skip
     for _ in range(20):
         model(batch()[0])
-    assert reg.loss() > 0
+        assert reg.loss() > 0
     weight = model.blocks[1].skip.weight.detach().flatten(1)
     assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, abs=1e-2)
 

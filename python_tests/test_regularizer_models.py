@@ -40,8 +40,8 @@ def bert():
 
 DEFAULT = {
     resnet: [*(f"resnet.encoder.stages.{i}.layers.0" for i in range(3)), "resnet.pooler"],
-    vit: [f"vit.layers.{i}.{n}" for i in (0, 1) for n in ("attention", "mlp")],
-    bert: [f"bert.encoder.layer.{i}.{n}" for i in (0, 1) for n in ("attention", "output")],
+    vit: ["vit.layers.0", "vit.layers.1"],
+    bert: ["bert.encoder.layer.0", "bert.encoder.layer.1"],
 }
 
 

@@ -84,8 +84,9 @@ class Recorded:
     def _clip_grad_norm(self, model):
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
 
-    def penalties(self):
-        return [penalty(self.features[i : i + 4]).item() for i in range(0, len(self.features), 4)]
+    def penalties(self, beta=None):
+        steps = range(0, len(self.features), 2)
+        return [penalty(self.features[i : i + 2], beta or BETA).item() for i in steps]
 
 
 class Plain(Recorded, hf.Trainer):
@@ -96,12 +97,8 @@ class Shaped(Recorded, SESTrainerMixin, hf.Trainer):
     pass
 
 
-# Attention and MLP of both blocks: what SESRegularizer chooses for these models.
-LAYERS = {
-    "vit.layers.0.attention", "vit.layers.0.mlp", "vit.layers.1.attention", "vit.layers.1.mlp",
-    "bert.encoder.layer.0.attention", "bert.encoder.layer.0.output",
-    "bert.encoder.layer.1.attention", "bert.encoder.layer.1.output",
-}  # fmt: skip
+# Both blocks: what SESRegularizer chooses for these models.
+LAYERS = {"vit.layers.0", "vit.layers.1", "bert.encoder.layer.0", "bert.encoder.layer.1"}
 
 
 def hook(model, features):
@@ -122,8 +119,8 @@ def entropy(tokens):
     return -(p * p.log()).sum()
 
 
-def penalty(features):
-    return LAMBDA * sum((entropy(f) - BETA * math.log(WIDTH)) ** 2 for f in features)
+def penalty(features, beta=BETA):
+    return LAMBDA * sum((entropy(f) - beta * math.log(WIDTH)) ** 2 for f in features)
 
 
 def trainer(tmp_path, model, kind=Shaped, *, ses=SES, model_init=None, func=None, **options):
@@ -212,10 +209,12 @@ def test_bfloat16_and_compiled(tmp_path):
 
 @pytest.mark.parametrize("make", [vit, bert])
 def test_entropies_move_to_the_target(tmp_path, make):
-    plain, shaped = plain_and_shaped(tmp_path, make, max_steps=24)
+    beta = 0.4  # far from where blocks begin
+    ses = {**SES, "beta": beta}
+    plain, shaped = plain_and_shaped(tmp_path, make, max_steps=24, ses=ses)
     plain.train()
     shaped.train()
-    start, without, with_ses = (*plain.penalties()[::23], shaped.penalties()[-1])
+    start, without, with_ses = (*plain.penalties(beta)[::23], shaped.penalties(beta)[-1])
     assert with_ses < 0.5 * min(start, without)
 
 
@@ -236,7 +235,7 @@ def test_evaluation_has_no_penalty_and_counts_no_step(tmp_path):
     options = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1}
     run = trainer(tmp_path, vit(), SESTrainer, max_steps=3, **options)
     run.train()
-    assert run.regularizer.state_dict() == {"step": 3}
+    assert run.regularizer.step == 3
     batch = hf.default_data_collator(run.eval_dataset)
     with torch.no_grad():
         task = F.cross_entropy(run.model(batch["pixel_values"]).logits, batch["labels"])
@@ -256,15 +255,15 @@ def test_resumes_bitwise_with_the_step(tmp_path, restore):
     whole, resumed = (trainer(tmp_path, bert(), **options) for _ in range(2))
     whole.train()
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["SESRegularizer"]["attributes"] == {"step": 4}
+    assert state["stateful_callbacks"]["SESRegularizer"]["attributes"]["step"] == 4
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.regularizer.state_dict() == {"step": 8}
+    assert resumed.regularizer.step == 8
     assert resumed.losses == whole.losses[4:]
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     resumed.args.max_steps = 1
     resumed.train()  # a new run starts at 0
-    assert resumed.regularizer.state_dict() == {"step": 2}
+    assert resumed.regularizer.step == 2
 
 
 def is_hooked(model):
@@ -284,7 +283,7 @@ def test_hooks_are_gone_after_training(tmp_path, fails):
     with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
         run.train()
     assert not is_hooked(run.model)
-    assert len(run.regularizer.entropies) == 4  # still to be read
+    assert len(run.regularizer.entropies) == 2  # still to be read
 
 
 def test_logs_at_logging_steps_only(tmp_path, monkeypatch):
@@ -304,10 +303,39 @@ def test_logs_at_logging_steps_only(tmp_path, monkeypatch):
         expected = {
             f"ses/H/{name}": pytest.approx(entropy(x).item(), rel=1e-4)
             for name, x in zip(
-                run.regularizer.layers, run.features[4 * step - 4 : 4 * step], strict=True
+                run.regularizer.layers, run.features[2 * step - 2 : 2 * step], strict=True
             )
         }
         assert {k: v for k, v in row.items() if k.startswith("ses/H/")} == expected
+
+
+def test_a_compute_loss_that_forgets_the_penalty_is_an_error(tmp_path):
+    class Forgets(SESTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    with pytest.raises(RuntimeError, match=r"Forgets.compute_loss never calls.*super\(\)"):
+        trainer(tmp_path, vit(), Forgets).train()
+
+
+def test_padding_is_not_pooled(tmp_path):
+    """The attention mask of the batch reaches the penalty."""
+    run = trainer(tmp_path, bert(), SESTrainer)
+    for i, example in enumerate(run.train_dataset):
+        example["attention_mask"] = (torch.arange(12) <= i % 12).long()
+    kept = []
+    layer = run.model.bert.encoder.layer[1]
+    layer.register_forward_hook(lambda m, args, output: kept.append(output))
+    run.train()
+    mask = torch.stack([run.train_dataset[i]["attention_mask"] for i in range(BATCH)])
+    assert "attention_mask" in run.regularizer.summary()
+    output = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+    lengths = sorted(mask.sum(1).tolist())
+    assert output.shape[1] == 12
+    assert lengths[0] == 1
+    unmasked = entropy(output.detach()).item()
+    assert abs(run.regularizer.entropies["bert.encoder.layer.1"] - unmasked) > 1e-3
 
 
 def test_refuses_data_parallel(tmp_path):

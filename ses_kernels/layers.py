@@ -1,4 +1,4 @@
-"""Which modules of a model are hooked: by name, glob, type or predicate, or by kind of model."""
+"""Which modules of a model are hooked: by name, glob, type or predicate, or as a kind of part."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
 
+from ses_kernels import blocks
+
 Layers = str | type | Callable[[str, nn.Module], bool] | Sequence | None
 
-# Names of the blocks of residual networks in torchvision, timm, transformers and the papers' code.
-_RESIDUAL = re.compile(
-    r"(Block|Bottleneck|BottleNeckLayer|ResNetBasicLayer|InvertedResidual|[wW]ide_?[bB]asic)$"
-)
+TARGETS = ("blocks", "attention", "mlp", "heads", "attention_weights")
+
 _POOLED = re.compile(r"(AdaptiveAvgPool\dd|SelectAdaptivePool2d|GlobalAvgPool(2d)?)$")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# A transformer block has one of each among its children; the first of these that it has.
-_ATTENTION = ("attn", "attention", "self_attn", "self_attention")
-_MLP = ("mlp", "feed_forward", "ffn_output", "output", "ffn", "linear2")
+# Names of the parts of a block in torch, torchvision, timm, transformers and the papers' code.
+_ATTENTION = re.compile(r"^(attn\d?|self_?attn|\w+_attn|\w*attention)$", re.I)
+_MLP = ("mlp", "feed_forward", "ffn_output", "ffn", "DenseReluDense", "mlp_channels", "moe",
+        "block_sparse_moe", "output", "linear2", "fc2", "pwconv2")  # fmt: skip
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+
+
+class Hook(NamedTuple):
+    """What is measured at one module."""
+
+    key: str  # in entropies, beta and alpha: the name of the layer, ":heads" or ":weights" behind
+    name: str  # of the layer
+    module: nn.Module  # the hook is on this one: the layer or a part of it
+    takes: str = "output"  # "output" or "input" of that module
+    kind: str = "features"  # "features", "heads" or "weights"
+    heads: int = 1
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -38,36 +51,43 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def find(model: nn.Module, layers: Layers, last: int | None) -> dict[str, nn.Module]:
-    """Name -> module of the (last) layers that match, in the model's order."""
-    modules = _named(model)
-    if layers is None:
-        found = _default(model, modules)
-    else:
-        wanted = (
-            list(layers)
-            if isinstance(layers, Sequence) and not isinstance(layers, str)
-            else [layers]
-        )
-        if not wanted:
-            raise ValueError("layers= is empty; None means the default layers")
-        matched = [_matching(spec, modules) for spec in wanted]
-        found = {name for names in matched for name in names}
-    names = [name for name in modules if name in found]
-    return {name: modules[name] for name in (names if last is None else names[-last:])}
-
-
-def _named(model: nn.Module) -> dict[str, nn.Module]:
-    """Submodules by the names that they have without wrappers; the outermost wrapper wins."""
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the names that they have without wrappers; the outermost wrapper wins."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         parts = name.split(".")
         # Spectral norm and the like are modules too, but what they return is a weight.
-        if name and "parametrizations" not in parts:
+        if "parametrizations" not in parts:
             wrappers = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
             clean = ".".join(part for part in parts if part not in wrappers)
             modules.setdefault(clean, module)
     return modules
+
+
+def find(modules: dict[str, nn.Module], layers: Layers, last: int | None) -> list[Hook]:
+    """What ``layers`` asks for, in the model's order; of each target the last ``last``.
+
+    Names, globs, types and predicates are one target together. ValueError where nothing is found.
+    """
+    single = isinstance(layers, str) or not isinstance(layers, Sequence)
+    wanted = [layers] if single else list(layers)
+    if not wanted:
+        raise ValueError("layers= is empty; None means the default layers")
+    found: list[Hook] = []
+    names: set[str] = set()
+    for spec in wanted:
+        if spec is None or (isinstance(spec, str) and spec in TARGETS):
+            found += _last(_target(spec, modules), last)
+        else:
+            names.update(_matching(spec, modules))
+    plain = [Hook(n, n, m) for n, m in modules.items() if n in names]
+    chosen = {hook.key: hook for hook in [*found, *_last(plain, last)]}
+    order = list(modules)
+    return sorted(chosen.values(), key=lambda hook: order.index(hook.name))
+
+
+def _last(hooks: list[Hook], last: int | None) -> list[Hook]:
+    return hooks if last is None else hooks[-last:]
 
 
 def _matching(spec, modules: dict[str, nn.Module]) -> list[str]:
@@ -79,11 +99,12 @@ def _matching(spec, modules: dict[str, nn.Module]) -> list[str]:
         found = [name for name, module in modules.items() if spec(name, module)]
     else:
         raise TypeError(
-            "layers= takes names, globs, module types, or a predicate (name, module) -> bool, got "
-            f"{spec!r}"
+            "layers= takes names, globs, module types, a predicate (name, module) -> bool, or one "
+            f"of {TARGETS}; got {spec!r}"
         )
+    found = [name for name in found if name]  # the model itself is no layer of it
     if not found:
-        raise no_match("layers", spec, modules)
+        raise no_match("layers", spec, [name for name in modules if name])
     return found
 
 
@@ -93,35 +114,114 @@ def no_match(option: str, pattern, names) -> ValueError:
     return ValueError(f"{option}: nothing matches {wanted!r}; the nearest names are {near}")
 
 
-def _default(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """Attention and MLP outputs of transformers, else residual blocks and pooled features."""
-    found: list[str] = []
-    for name, module in modules.items():
-        children = dict(unwrap(module).named_children())
-        pair = [next((c for c in kind if c in children), None) for kind in (_ATTENTION, _MLP)]
-        if all(pair) and name not in found and not _inside(name, found):
-            found += [f"{name}.{child}" for child in pair]
-    if found:
-        return set(found)
-    blocks = [
-        name
-        for name, module in modules.items()
-        if _RESIDUAL.search(type(unwrap(module)).__name__)
-        and any(isinstance(child, _CONVOLUTIONS) for child in module.modules())
-    ]
-    blocks = [name for name in blocks if not any(_inside(other, [name]) for other in blocks)]
-    if not blocks:
+# ---- targets ----
+
+
+def _target(target: str | None, modules: dict[str, nn.Module]) -> list[Hook]:
+    found = blocks.find({name: unwrap(module) for name, module in modules.items()})
+    if not found:
+        names = [name for name in modules if name]
         raise ValueError(
-            f"{type(model).__name__} has no residual or attention blocks known by name; pass "
-            f"layers=, names or globs among {list(modules)[:20]}, a module type, or a predicate"
+            f"{type(unwrap(modules[''])).__name__} has no residual or attention blocks that its "
+            "structure shows; pass layers=, names or globs among "
+            f"{names[:20]}, a module type, or a predicate"
         )
-    pooled = [
-        name
-        for name, module in modules.items()
-        if _POOLED.search(type(unwrap(module)).__name__) and not _inside(name, blocks)
-    ]
-    return {*blocks, *pooled}
+    attention = [name for block in found for name in _attention(block, modules)]
+    if target is None:
+        pooled = [] if attention else _pooled(found, modules)
+        names = [name for name in modules if name in {*found, *pooled}]
+        return [Hook(name, name, modules[name]) for name in names]
+    if target == "blocks":
+        return [Hook(name, name, modules[name]) for name in found]
+    if target == "mlp":
+        mlps = [name for block in found if (name := _mlp(block, attention, modules))]
+        if not mlps:
+            raise _no_part(target, found, modules)
+        return [Hook(name, name, modules[name]) for name in mlps]
+    if not attention:
+        raise _no_part(target, found, modules)
+    if target == "attention":
+        return [Hook(name, name, modules[name]) for name in attention]
+    if target == "heads":
+        return [_heads(name, modules) for name in attention]
+    return [_weights(name, modules) for name in attention]
+
+
+def _no_part(target: str, found: list[str], modules) -> ValueError:
+    parts = [name for name in modules if name.startswith(f"{found[-1]}.")]
+    return ValueError(
+        f"layers={target!r}: the blocks, {found[-1]} the last of them, have no such part; pass "
+        f"names or globs among {parts[:20]}"
+    )
+
+
+def _pooled(found: list[str], modules) -> list[str]:
+    """The pooled features behind residual blocks; of modules one inside the other, the outer.
+
+    What a classifier pools are its scores (SqueezeNet).
+    """
+    pooled: list[str] = []
+    for name, module in modules.items():
+        known = _POOLED.search(type(unwrap(module)).__name__)
+        if known and not _inside(name, [*found, *pooled, "classifier"]):
+            pooled.append(name)
+    return pooled
 
 
 def _inside(name: str, parents: Sequence[str]) -> bool:
     return any(name.startswith(f"{parent}.") for parent in parents)
+
+
+def _attention(block: str, modules) -> list[str]:
+    """The attention of a block, self and cross; not what is inside of it."""
+    found: list[str] = []
+    for name, module in modules.items():
+        if not name.startswith(f"{block}.") or _inside(name, found):
+            continue
+        module = unwrap(module)
+        named = _ATTENTION.match(name.rpartition(".")[2]) and blocks.maps(module)
+        gates = type(module) is nn.Sequential  # squeeze and excitation
+        if isinstance(module, nn.MultiheadAttention) or (named and not gates):
+            found.append(name)
+    return found
+
+
+def _mlp(block: str, attention: list[str], modules) -> str | None:
+    parts = [name for name in modules if _inside(name, [block]) and not _inside(name, attention)]
+    parts.sort(key=lambda name: name.count("."))  # children before their children
+    for wanted in _MLP:
+        for name in parts:
+            if name.rpartition(".")[2] == wanted and blocks.maps(modules[name]):
+                return name
+    return None
+
+
+def _heads(name: str, modules) -> Hook:
+    """The input of the output projection: the heads side by side."""
+    module = unwrap(modules[name])
+    if isinstance(module, nn.MultiheadAttention):
+        raise ValueError(
+            f'layers="heads": {name} is a torch.nn.MultiheadAttention, which never calls its '
+            'out_proj as a module, so that its heads cannot be seen; use layers="attention", or an '
+            "attention module with an output projection of its own"
+        )
+    inner = [m for n, m in modules.items() if _inside(n, [name])]
+    counts = (getattr(m, a, None) for m in (module, *map(unwrap, inner)) for a in _HEADS)
+    heads = next((count for count in counts if isinstance(count, int)), None)
+    linear = [m for m in inner if blocks.is_map(unwrap(m))]
+    if heads is None or not linear:
+        missing = f"number of heads (looked for {', '.join(_HEADS)})"
+        raise ValueError(
+            f'layers="heads": {name}, a {type(module).__name__}, shows no '
+            f"{'output projection' if heads is not None else missing}; pass layers=, a name or "
+            "glob of what puts out the heads, with pool="
+        )
+    return Hook(f"{name}:heads", name, linear[-1], "input", "heads", heads)
+
+
+def _weights(name: str, modules) -> Hook:
+    """timm's attention drops out its weights by a module; others put them out."""
+    dropped = modules.get(f"{name}.attn_drop")
+    if dropped is not None and not isinstance(unwrap(modules[name]), nn.MultiheadAttention):
+        return Hook(f"{name}:weights", name, dropped, "input", "weights")
+    return Hook(f"{name}:weights", name, modules[name], "output", "weights")

@@ -2,69 +2,256 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from ses_kernels.layout import Layout
 
 Pool = str | Callable[[Tensor], Tensor]
 Selector = int | str | Callable | None
 
+NAMES = ("mean", "masked", "none", "tokens", "cls")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 2**16  # elements
 
 
+# ---- the tensor of an output ----
+
+
 def select(output, selector: Selector, layer: str) -> Tensor:
-    """The one tensor of a layer's output: what ``selector`` names or returns, else the first."""
+    """The one tensor of a layer's output; TypeError where it is not one that has a spectrum.
+
+    ``selector``: a function of the output; an index or key of a tuple, mapping or dataclass, which
+    leaves a tensor as it is. None: ``last_hidden_state``, the first of a tuple, or the only
+    floating-point tensor that there is.
+    """
     if callable(selector):
         chosen = selector(output)
-    elif selector is not None:
-        chosen = output[selector]
-    elif isinstance(output, Mapping):
-        chosen = output.get("last_hidden_state", next(iter(output.values()), None))
-    elif isinstance(output, Sequence):
-        chosen = output[0] if len(output) else None
-    else:
+    elif isinstance(output, Tensor):
         chosen = output
+    elif selector is not None:
+        chosen = _item(output, selector, layer)
+    else:
+        chosen = _main(output, layer)
     if not isinstance(chosen, Tensor):
         raise TypeError(
             f"{layer}: expected a tensor in its output, got {type(chosen).__name__} from "
             f"{type(output).__name__} with select={selector!r}; select= takes an index, a key, or "
             "a function of the output"
         )
+    _check(chosen, layer)
     return chosen
 
 
-def pool(x: Tensor, how: Pool, layer: str) -> Tensor:
-    """``(N, D)``, ``(N, T, D)`` tokens or ``(N, C, *space)`` maps -> ``(samples, features)``.
+def unpack(output):
+    """(output, mask): a PackedSequence in it, from an RNN, as a tensor (N, T, D) with its padding.
 
-    A mean comes in float32 (float64), whatever the dtype of x; its gradient is a broadcast view.
+    mask: bool (N, T), True for what is no padding; None where nothing was packed.
+    """
+    packed = output[0] if isinstance(output, tuple) and len(output) else output
+    if isinstance(output, PackedSequence):
+        packed = output
+    if not isinstance(packed, PackedSequence):
+        return output, None
+    x, lengths = pad_packed_sequence(packed, batch_first=True)
+    mask = (torch.arange(x.shape[1])[None, :] < lengths[:, None]).to(x.device)  # (N, T)
+    return x, mask
+
+
+def _parts(output) -> list[tuple[object, object]] | None:
+    """(key, item) of a structure of one level; None for what is none."""
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return list(zip(output._fields, output, strict=True))
+    if isinstance(output, (tuple, list)):
+        return list(enumerate(output))
+    if is_dataclass(output) and not isinstance(output, type):
+        return [(field.name, getattr(output, field.name)) for field in fields(output)]
+    return None
+
+
+def _item(output, selector: int | str, layer: str):
+    parts = _parts(output)
+    if parts is not None:
+        for index, (key, item) in enumerate(parts):
+            if selector in (key, index, index - len(parts)):
+                return item
+    keys = type(output).__name__ if parts is None else [key for key, _ in parts]
+    raise TypeError(f"{layer}: select={selector!r} is not in its output, which has {keys}")
+
+
+def _main(output, layer: str):
+    for key, item in _parts(output) or ():
+        if key == "last_hidden_state" and isinstance(item, Tensor):
+            return item
+    if isinstance(output, tuple) and len(output) and _is_floating(output[0]):
+        return output[0]
+    found: list[tuple[str, Tensor]] = []
+    _floating(output, "", found)
+    if len(found) == 1:
+        return found[0][1]
+    if not found:
+        return output[0] if isinstance(output, tuple) and len(output) else output
+    shapes = ", ".join(f"{path} {tuple(x.shape)}" for path, x in found)
+    raise TypeError(
+        f"{layer}: its output has {len(found)} tensors, {shapes}; select= takes an index, a key, "
+        "or a function of the output"
+    )
+
+
+def _is_floating(x) -> bool:
+    return isinstance(x, Tensor) and x.dtype.is_floating_point
+
+
+def _floating(value, path: str, found: list[tuple[str, Tensor]]) -> None:
+    """Appends the floating-point tensors of a structure, with where they are."""
+    if _is_floating(value):
+        found.append((path, value))
+    for key, item in _parts(value) or ():
+        _floating(item, f"{path}[{key!r}]", found)
+
+
+def _check(x: Tensor, layer: str) -> None:
+    what, advice = None, "leave the layer out, or let select= return another tensor"
+    if x.is_nested:
+        what, advice = "a nested tensor", "let select= return to_padded_tensor(0.0) of it"
+    elif x.layout is not torch.strided:
+        what, advice = f"a sparse tensor ({x.layout})", "let select= return to_dense() of it"
+    elif hasattr(x, "full_tensor"):
+        what = f"a {type(x).__name__}, sharded over devices"
+        advice = "let select= return full_tensor() of it"
+    elif x.dtype.is_complex:
+        what = f"a tensor of {x.dtype}"
+        advice = "let select= return torch.view_as_real(x).flatten(-2), or the part that is meant"
+    elif x.dtype not in _DTYPES:
+        what = f"a tensor of {x.dtype}"
+    elif 0 in x.shape:
+        what = f"an empty tensor of shape {tuple(x.shape)}"
+    if what is not None:
+        raise TypeError(f"{layer}: its output is {what}, which has no spectrum; {advice}")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        raise ValueError(
+            f"{layer}: it runs under torch.vmap, one sample at a time, and the spectrum is that of "
+            "a batch: call the model without vmap for it, or vmap it within disabled()"
+        )
+
+
+# ---- the matrix ----
+
+
+def pool(x: Tensor, how: Pool, layout: Layout | None, mask: Tensor | None, layer: str) -> Tensor:
+    """An output and its layout -> ``(samples, features)`` that nothing later can change.
+
+    A mean comes in float32 (float64), whatever the dtype of x; its gradient is a broadcast view. A
+    matrix that would share memory with the output is copied. ``layout`` is not needed where ``how``
+    is a function.
     """
     if callable(how):
-        pooled = how(x)
-        if not isinstance(pooled, Tensor) or pooled.dim() != 2:
-            got = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-            raise ValueError(
-                f"{layer}: pool= returned {got} for {tuple(x.shape)}, expected a 2-D tensor"
-            )
-        return pooled
-    if x.dim() < 2:
-        raise ValueError(
-            f"{layer}: expected 2 or more axes, (samples, features), got shape {tuple(x.shape)}"
-        )
-    if x.dim() == 2:
-        return x
-    if how in ("cls", "tokens") and x.dim() != 3:
-        raise ValueError(
-            f'{layer}: pool="{how}" needs tokens (N, T, D), got {tuple(x.shape)}; use '
-            '"mean", "none" or a function'
-        )
-    if how == "cls":
-        return x[:, 0]
-    features_last = x if x.dim() == 3 else x.movedim(1, -1)
+        return _by_function(x, how, layer)
+    y = x.movedim((layout.batch, layout.features), (0, -1))  # (N windows, *positions, D)
     if how in ("none", "tokens"):
-        return features_last.flatten(0, -2)
-    return _MeanOverPositions.apply(features_last)
+        if how == "tokens" and x.dim() != 3:
+            raise _no_tokens(how, x, layer)
+        return y.clone(memory_format=torch.contiguous_format).flatten(0, -2)
+    if how == "cls":
+        if x.dim() != 3 or layout.windows > 1:
+            raise _no_tokens(how, x, layer)
+        return y[:, 0].clone()
+    if how == "masked" and mask is None:
+        raise ValueError(
+            f'{layer}: pool="masked" found no mask of shape (N, T) for its output of shape '
+            f"{tuple(x.shape)}: it looks for attention_mask and key_padding_mask among the keyword "
+            "arguments of the model and of the layer"
+        )
+    if mask is not None:
+        with _saving_its_own():
+            return _MaskedMean.apply(y, mask)
+    if y.dim() > 2:
+        y = _MeanOverPositions.apply(y)
+    elif layout.windows == 1:
+        y = y.clone()
+    if layout.windows > 1:  # equally many positions each: the mean of their means
+        y = y.unflatten(0, (-1, layout.windows)).mean(1, dtype=_wide(y))
+    return y
+
+
+def _no_tokens(how: str, x: Tensor, layer: str) -> ValueError:
+    return ValueError(
+        f'{layer}: pool="{how}" needs tokens (N, T, D), got {tuple(x.shape)}; use "mean", "none" '
+        "or a function"
+    )
+
+
+def _by_function(x: Tensor, how: Callable[[Tensor], Tensor], layer: str) -> Tensor:
+    with _saving_its_own():
+        pooled = how(x)
+    if not isinstance(pooled, Tensor) or pooled.dim() != 2:
+        got = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise ValueError(
+            f"{layer}: pool= returned {got} for {tuple(x.shape)}, expected a 2-D tensor"
+        )
+    if torch.compiler.is_compiling() or _share_memory(pooled, x):
+        return pooled.clone()
+    return pooled
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _saving_its_own() -> contextlib.AbstractContextManager:
+    """What is saved for backward in it is kept from activation checkpointing.
+
+    A checkpointed block runs again in the backward pass, where we measure nothing, and has to save
+    what it saved the first time. Detached, since an operation may save its own output.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: (x.detach(), x._version), _unchanged)
+
+
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    x, version = saved
+    if x._version != version:
+        raise RuntimeError(
+            "SESRegularizer: a tensor that pool= saved for its gradient was changed in place "
+            "afterwards; let pool= work on a copy, x.clone()"
+        )
+    return x
+
+
+def head_matrices(x: Tensor, heads: int, layout: Layout, mask, layer: str) -> Tensor:
+    """(N, T, heads * D) before the output projection -> (heads, N, D), the mean over tokens."""
+    if x.shape[layout.features] % heads:
+        raise ValueError(f"{layer}: {heads} heads do not divide the features of {tuple(x.shape)}")
+    pooled = pool(x, "mean", layout, mask, layer)  # the mean does not mix features
+    return pooled.unflatten(-1, (heads, -1)).movedim(1, 0)
+
+
+def weight_matrix(x: Tensor, layout: Layout, layer: str) -> Tensor:
+    """Attention weights (N, heads, Tq, Tk) or (N, Tq, Tk) -> (N, heads * Tk), mean of queries."""
+    y = _MeanOverPositions.apply(x if x.dim() == 3 else x.flatten(0, 1))  # (N heads, Tk)
+    if x.dim() == 4:
+        y = y.unflatten(0, (x.shape[0], -1)).flatten(1)
+    if layout.windows > 1:
+        y = y.unflatten(0, (-1, layout.windows)).mean(1)
+    return y
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _blocks(x: Tensor) -> Iterator[Tensor]:
+    """Some samples at a time: the CPU widens its whole argument first, a map in float32."""
+    return x.split(max(1, _BLOCK // math.prod(x.shape[1:])))
 
 
 class _MeanOverPositions(torch.autograd.Function):
@@ -72,13 +259,10 @@ class _MeanOverPositions(torch.autograd.Function):
 
     @staticmethod
     def forward(x):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         axes = tuple(range(1, x.dim() - 1))
-        if x.device.type != "cpu" or x.dtype == wide:
-            return x.mean(axes, dtype=wide)
-        # The CPU widens its whole argument first: some samples at a time, not a map in float32.
-        rows = max(1, _BLOCK // math.prod(x.shape[1:]))
-        return torch.cat([block.mean(axes, dtype=wide) for block in x.split(rows)])
+        if x.device.type != "cpu" or x.dtype == _wide(x):
+            return x.mean(axes, dtype=_wide(x))
+        return torch.cat([block.mean(axes, dtype=_wide(x)) for block in _blocks(x)])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -91,3 +275,35 @@ class _MeanOverPositions(torch.autograd.Function):
         # d mean / dx = 1 / positions, in float32 until it is x's turn
         g = (g / math.prod(positions)).to(ctx.dtype)
         return g.reshape(g.shape[0], *[1] * len(positions), g.shape[1]).expand(ctx.shape)
+
+
+class _MaskedMean(torch.autograd.Function):
+    """(N, T, D) and a mask (N, T) -> (N, D), the mean of the tokens that count; 0 for none."""
+
+    @staticmethod
+    def forward(x, mask):
+        wide = _wide(x)
+        counts = mask.sum(1, keepdim=True).clamp_min(1)
+        weights = mask.to(wide) / counts  # (N, T)
+        sums = [
+            torch.einsum("nt,ntd->nd", w, block.to(wide))
+            for w, block in zip(weights.split(_rows(x)), x.split(_rows(x)), strict=True)
+        ]
+        return torch.cat(sums)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, mask = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx, g):
+        (mask,) = ctx.saved_tensors
+        # d mean / dx_t = mask_t / sum mask
+        g = (g / mask.sum(1, keepdim=True).clamp_min(1)).to(ctx.dtype)
+        return mask[:, :, None] * g[:, None, :], None
+
+
+def _rows(x: Tensor) -> int:
+    return max(1, _BLOCK // math.prod(x.shape[1:])) if x.device.type == "cpu" else x.shape[0]

@@ -58,7 +58,7 @@ def test_size_of_deit_tiny():
     ("name", "hooks"),
     [
         ("resnet18", 9), ("resnet50", 17), ("wrn28_10", 13), ("resnet20", 10), ("resnet56", 28),
-        ("resnet112", 55), ("vit_tiny", 24), ("mlp", 3),
+        ("resnet112", 55), ("vit_tiny", 12), ("mlp", 3),
     ],
 )  # fmt: skip
 def test_layers_of_the_regularizer(name, hooks):

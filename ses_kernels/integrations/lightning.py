@@ -73,21 +73,14 @@ class SESCallback(Callback):
         micro-batches and, under float16, scaled. As an attribute of the instance the wrapper also
         serves DDP and FSDP, which look `training_step` up inside their forward.
         """
-        training_step = pl_module.training_step
         attributes = vars(pl_module)
         before = {k: v for k, v in attributes.items() if k == "training_step"}  # by torch.compile
-
-        @functools.wraps(inspect.unwrap(training_step))  # Lightning reads its signature
-        def with_penalty(*args, **kwargs):
-            # A training_step may call parts of the module and never the module itself.
-            self.regularizer._begin()
-            return self._add_penalty(training_step(*args, **kwargs))
 
         def unwrap():
             attributes.pop("training_step")
             attributes.update(before)
 
-        attributes["training_step"] = with_penalty
+        attributes["training_step"] = _TrainingStep(self, pl_module, pl_module.training_step)
         self._undo.callback(unwrap)
 
     def _add_penalty(self, output):
@@ -95,7 +88,7 @@ class SESCallback(Callback):
         if not isinstance(loss, torch.Tensor):
             return output  # None: the step is skipped; Lightning refuses everything else
         penalty = self.regularizer.loss()
-        if penalty.requires_grad:
+        if self.regularizer.measured:
             self._penalty = penalty.detach()
         loss = loss + penalty
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
@@ -104,7 +97,7 @@ class SESCallback(Callback):
         every = trainer.log_every_n_steps
         if not every or trainer.global_step % every:
             return
-        entropies = {f"ses/H/{name}": h for name, h in self.regularizer.entropies.items()}
+        entropies = self.regularizer.flat_entropies("ses/H/")
         if entropies:
             pl_module.log_dict({"ses/loss": self._penalty, **entropies})
 
@@ -121,3 +114,18 @@ class SESCallback(Callback):
         self._state = dict(state_dict)
         if self.regularizer:
             self.regularizer.load_state_dict(state_dict)
+
+
+class _TrainingStep:
+    """``training_step`` with the penalty; in a copy of the module, the copy's own."""
+
+    def __init__(self, callback: SESCallback, pl_module, training_step) -> None:
+        self._callback, self._module, self._step = callback, pl_module, training_step
+        functools.update_wrapper(self, inspect.unwrap(training_step))  # Lightning reads the names
+
+    def __call__(self, *args, **kwargs):
+        self._callback.regularizer.begin()  # a step that returned None left its features
+        return self._callback._add_penalty(self._step(*args, **kwargs))
+
+    def __reduce__(self):
+        return getattr, (self._module, "training_step")

@@ -21,7 +21,8 @@ class SESTrainerMixin:
 
     Raises:
         RuntimeError: from ``train``, under nn.DataParallel, which a Trainer chooses where it sees
-            several GPUs and one process.
+            several GPUs and one process; and where a ``compute_loss`` of a subclass does not call
+            ``super().compute_loss()``, so that there is no penalty.
 
     ``regularizer`` is the :class:`SESRegularizer` of the last ``train``, closed when it ends or
     fails. The penalty is the mean over the micro-batches of gradient accumulation and, by DDP or
@@ -44,6 +45,16 @@ class SESTrainerMixin:
             if self.regularizer is not None:
                 self.regularizer.close()
 
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        if self.regularizer is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.compute_loss never calls that of SESTrainer, and there is "
+                "no penalty: begin it with super().compute_loss(...), or make a SESRegularizer and "
+                "add its loss() there"
+            )
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         training = self.is_in_train and model.training
         if training and self.regularizer is None:
@@ -54,7 +65,7 @@ class SESTrainerMixin:
         if not training:
             return result
         penalty = self.regularizer.loss()
-        if penalty.requires_grad:
+        if self.regularizer.measured:
             self._penalty = penalty.detach()
         # Saved in trainer_state.json and there again after a resume, whatever the callbacks are.
         self.state.stateful_callbacks["SESRegularizer"] = {
@@ -68,7 +79,7 @@ class SESTrainerMixin:
     def log(self, logs, *args, **kwargs):
         # "loss" marks what the training loop logs, at logging steps.
         if self.regularizer is not None and "loss" in logs:
-            entropies = {f"ses/H/{name}": h for name, h in self.regularizer.entropies.items()}
+            entropies = self.regularizer.flat_entropies("ses/H/")
             if entropies:
                 logs.update({"ses/loss": self._penalty.item(), **entropies})
         super().log(logs, *args, **kwargs)

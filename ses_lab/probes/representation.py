@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ses_kernels import effective_rank, pooling
+from ses_kernels import effective_rank
 from ses_lab import models
 from ses_lab.probes.common import evaluation
 
@@ -32,8 +32,14 @@ def ranks(
             with torch.no_grad():
                 stages = models.outputs(model, x).stages
             for name, stage in zip(model.stages, stages, strict=True):
-                pooled[name].append(pooling.pool(stage, "mean", name))
+                pooled[name].append(_mean_over_positions(stage))
     return {name: effective_rank(torch.cat(x)).item() for name, x in pooled.items()}
+
+
+def _mean_over_positions(stage: Tensor) -> Tensor:
+    """(N, C, H, W), (N, T, D) or (N, D) -> (N, features), in float32 (float64)."""
+    wide = torch.float64 if stage.dtype == torch.float64 else torch.float32
+    return stage if stage.dim() == 2 else stage.mean({3: (1,), 4: (2, 3)}[stage.dim()], dtype=wide)
 
 
 def collapse(
