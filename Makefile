@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # What the extension and the environment are made from: a change to any of it installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo mnist lab test bench lint clean
+.PHONY: demo mnist lab zoo test bench lint clean
 
 demo: $(VENV)/demo.stamp  ## train on handwritten digits with and without the entropy penalty
 	$(BIN)/python examples/digits.py
@@ -20,6 +20,12 @@ lab: $(VENV)/lab.stamp  ## three small studies and experiments/report/report.md
 	printf '%s\n' weight_spectra distillation dynamics | \
 		OMP_NUM_THREADS=1 TERM=dumb xargs -P 2 -n 1 $(BIN)/ses-lab run
 	$(BIN)/ses-lab report
+
+# torchvision wants a torch of its own release: an environment of its own, of several GB.
+zoo:  ## docs/zoo.md: what is measured of models of torchvision, timm and transformers
+	test -x $(VENV)-zoo/bin/python || $(PYTHON) -m venv $(VENV)-zoo
+	$(VENV)-zoo/bin/python -m pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.23.0 -e .
+	$(VENV)-zoo/bin/python tools/zoo.py --output docs/zoo.md
 
 # One BLAS thread in each of two workers: small matrices gain nothing from more.
 test: $(VENV)/test.stamp  ## the whole suite
@@ -40,6 +46,6 @@ $(VENV)/%.stamp: $(INPUTS)
 	touch $@
 
 clean:  ## all that the targets above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist experiments
+	rm -rf $(VENV) $(VENV)-zoo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist experiments
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find ses_kernels -name '*.so' -delete
