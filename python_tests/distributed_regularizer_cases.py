@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ses_kernels import SESRegularizer
@@ -40,6 +40,17 @@ def test_models():
     import test_regularizer_models
 
     return test_regularizer_models
+
+
+class Puts(nn.Module):
+    """Puts out what a function makes of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def library_model(build, rank, world):
@@ -112,6 +123,18 @@ def main():
     if importlib.util.find_spec("transformers"):
         for build in (test_models().resnet, test_models().vit, test_models().bert):
             library_model(build, rank, world)
+
+    # A sharded output, as tensor parallelism may leave one, is refused by name.
+    mesh = init_device_mesh("cpu", (world,))
+    parallel = nn.Sequential(Puts(lambda x: distribute_tensor(x, mesh, [Shard(0)])))
+    SESRegularizer(parallel, layers="0")
+    refusal = ""
+    try:
+        parallel(torch.randn(8, 5, requires_grad=True))
+    except TypeError as error:
+        refusal = str(error)
+    assert "0: its output is a DTensor" in refusal, refusal
+    assert "full_tensor()" in refusal, refusal
 
     # Without a group each rank has its own entropies.
     model = DistributedDataParallel(network())

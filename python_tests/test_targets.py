@@ -417,6 +417,18 @@ def test_beta_in_the_state():
         other.step = -1
 
 
+def test_the_first_step_logs_the_summary(caplog):
+    model = Net()
+    reg = SESRegularizer(model)
+    with caplog.at_level("DEBUG", logger="ses_kernels"):
+        for _ in range(2):
+            model(batch()[0])
+            reg.loss()
+    assert [r.message for r in caplog.records if r.name.startswith("ses_kernels")] == [
+        reg.summary()
+    ]
+
+
 def test_measured():
     model = Net()
     reg = SESRegularizer(model, every_k=2)

@@ -107,6 +107,18 @@ sequencer2d_s starnet_s1 hiera_tiny_224
 """
 
 
+# Parts of the blocks, where the library makes attention weights.
+TARGETS = {
+    "timm vit_tiny_patch16_224": ("attention", "mlp", "heads", "attention_weights"),
+    "timm swin_tiny_patch4_window7_224": ("attention", "mlp", "heads", "attention_weights"),
+    "torchvision vit_b_16": ("attention", "mlp"),
+    "torchvision swin_t": ("attention", "mlp"),
+    "transformers ViTModel": ("attention", "mlp", "heads", "attention_weights"),
+    "transformers BertModel": ("attention", "mlp", "heads", "attention_weights"),
+    "transformers T5Model": ("attention", "mlp", "heads"),
+}
+
+
 def models(only: str) -> Iterator[tuple[str, nn.Module, dict, list[int] | dict[str, int] | None]]:
     """Name, model, its inputs, and the widths of its stages, in order or by name, as it says."""
     for name in TORCHVISION.split():
@@ -126,15 +138,18 @@ def models(only: str) -> Iterator[tuple[str, nn.Module, dict, list[int] | dict[s
         if re.search(only, f"transformers {name}"):
             kind = getattr(hf, name)
             config = kind.config_class(**options)
+            config._attn_implementation = "eager"
             model = kind(config)
             known = None if widths is None else list(widths(config))
             yield f"transformers {name}", model, {k: f() for k, f in inputs.items()}, known
 
 
-def measure(model: nn.Module, inputs: dict) -> tuple[ses_kernels.SESRegularizer, list[str]]:
+def measure(
+    model: nn.Module, inputs: dict, layers: str | None
+) -> tuple[ses_kernels.SESRegularizer, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        reg = ses_kernels.SESRegularizer(model.train(), lambda_ses=0)
+        reg = ses_kernels.SESRegularizer(model.train(), lambda_ses=0, layers=layers)
         model(*[v for k, v in inputs.items() if not k], **{k: v for k, v in inputs.items() if k})
         reg.loss()
     said = [str(w.message) for w in caught if "SESRegularizer" in str(w.message)]
@@ -154,7 +169,8 @@ def failures(model: nn.Module, rows: list, widths) -> Iterator[str]:
     for row in rows:
         if row.samples != SAMPLES:
             yield f"{row.layer} has {row.samples} samples"
-        known = getattr(model.get_submodule(row.layer), "out_channels", None)
+        layer = model.get_submodule(row.layer.partition(":")[0])
+        known = getattr(layer, "out_channels", None)
         if isinstance(known, int) and known != row.d:
             yield f"{row.layer} has {row.d} features, its out_channels is {known}"
     blocks = [row for row in rows if "pool" not in row.layer]
@@ -167,12 +183,17 @@ def failures(model: nn.Module, rows: list, widths) -> Iterator[str]:
                 yield f"{inside[-1].layer} has {inside[-1].d} features, the library says {width}"
 
 
-def line(name: str, model: nn.Module, inputs: dict, widths) -> tuple[str, str]:
+def line(
+    name: str, model: nn.Module, inputs: dict, widths, layers: str | None = None
+) -> tuple[str, str]:
     """A row of the table, and what is wrong with it."""
-    reg, said = measure(model, inputs)
+    reg, said = measure(model, inputs, layers)
+    reg.close()
     rows = reg.rows()
     names = squash(re.sub(r"\d+", "*", row.layer) for row in rows)
     features, axes = squash(row.d for row in rows), squash(row.averaged for row in rows)
+    if layers is not None:
+        name, widths = f'{name}, "{layers}"', None
     cells = (name, f"`{names}`", str(len(rows)), features, axes)
     return f"| {' | '.join(cells)} |", "; ".join([*failures(model, rows, widths), *said])
 
@@ -183,16 +204,18 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="a Markdown file")
     options = parser.parse_args()
     torch.manual_seed(0)
+    timm.layers.set_fused_attn(False)  # which makes no attention weights
     rows, failed = [], 0
     for name, model, inputs, widths in models(options.only):
-        try:
-            text, wrong = line(name, model, inputs, widths)
-        except Exception as error:
-            text, wrong = f"| {name} | {type(error).__name__} | | | |", str(error)
-        rows.append(text)
-        failed += bool(wrong)
-        print(text, f"WRONG: {wrong}" if wrong else "", flush=True)
-    print(f"{len(rows) - failed} of {len(rows)} models are read right")
+        for layers in (None, *TARGETS.get(name, ())):
+            try:
+                text, wrong = line(name, model, inputs, widths, layers)
+            except Exception as error:
+                text, wrong = f"| {name} | {type(error).__name__} | | | |", str(error)
+            rows.append(text)
+            failed += bool(wrong)
+            print(text, f"WRONG: {wrong}" if wrong else "", flush=True)
+    print(f"{len(rows) - failed} of {len(rows)} rows are right")
     if options.output:
         options.output.write_text("\n".join([HEADER, *rows, ""]))
     return min(failed, 1)
