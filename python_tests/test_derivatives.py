@@ -133,6 +133,32 @@ def test_activation_checkpointing(reentrant):
     assert torch.equal(x.grad, expected)
 
 
+def entropy_of_the_leading(x, rank, order):
+    """Renyi entropy of the ``rank`` largest singular values alone, by autograd's own route."""
+    s = torch.linalg.svdvals(x - x.mean(-2, keepdim=True))[..., :rank] ** 2
+    p = s / s.sum(-1, keepdim=True)
+    if order == 1:
+        return torch.special.entr(p).sum(-1)
+    return torch.log1p((p * torch.expm1((order - 1) * p.log())).sum(-1)) / (1 - order)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 5e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (64, 64), (9, 300)])
+def test_orders_next_to_one_on_rank_deficient_samples(shape, dtype, largest):
+    """Small integers of rank 5: exact in float32, with null directions that rounding fills."""
+    x = matrix(shape[0], 5).mul(4).round() @ matrix(5, shape[1], seed=1).mul(4).round()
+    v = matrix(shape[0], shape[0], seed=2) @ x  # keeps the rank
+    for order in (0.9, 1 - 1e-7, 1, 1 + 1e-12, 1 + 1e-7, 1 + 1e-6, 1 + 1e-4, 1.001, 1.01, 1.1, 1.6):
+        exact = grad(lambda y, q=order: entropy_of_the_leading(y, 5, q))
+        ours = grad(lambda y, q=order: ses_kernels.spectral_entropy(y, order=q, solver="eigh"))
+        expected = exact(x)
+        got, product = jvp(ours, (x.to(dtype),), (v.to(dtype),))
+        assert (got - expected).norm() <= largest * expected.norm(), order
+        step = 1e-4 / shape[0]
+        expected = (exact(x + step * v) - exact(x - step * v)) / (2 * step)
+        assert (product - expected).norm() <= (1e-5 + 40 * largest) * expected.norm(), order
+
+
 @pytest.mark.parametrize("shape", [(6, 30), (30, 6)])
 def test_float32_second_derivative(shape):
     x, v = matrix(*shape).float(), matrix(*shape, seed=1).float()

@@ -94,7 +94,8 @@ _GAUSS_LEGENDRE = (
 def _probabilities(w, power, order, noise):
     """w with its noise set to 0, S, log p, H. No variance gives H = 0.
 
-    log 0 is -inf where its limit in F is finite (1 < q), and 0 by convention elsewhere.
+    In log p a zero counts as rounding where 1 < q: the limit of F, q / (q - 1), is finite but would
+    multiply, near q = 1, the rounding of a direction that x does not have. Elsewhere log 0 is 0.
     """
     w = w.clamp_min(0)
     if noise:
@@ -103,7 +104,8 @@ def _probabilities(w, power, order, noise):
     s = values.sum(-1)
     s = torch.where(s == 0, 1.0, s)
     p = values / s[:, None]
-    log_p = torch.where(p == 0, -math.inf if 1 < order < math.inf else 0.0, p.log())
+    log_zero = math.log(torch.finfo(w.dtype).eps) if 1 < order < math.inf else 0.0
+    log_p = torch.where(p == 0, log_zero, p.log())
     if order == 1:
         h = -(p * log_p).sum(-1)
     elif order == math.inf:
