@@ -4,6 +4,7 @@ import itertools
 import math
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given, settings
 
@@ -71,6 +72,34 @@ def test_bounds_and_order_in_the_order(B, d, rank, seed, power):
     values = [entropy(x, power=power, order=q) for q in (math.inf, 2.0, 1.0, 0.5)]
     bounds = [0.0, *values, math.log(max(min(B - 1, d, rank), 1))]
     assert all(low <= high + 1e-6 for low, high in itertools.pairwise(bounds))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [{"order": q, "power": p} for q in (0.3, 0.9, 1, 1.2, 1.5, 1.6, 2, 3, 9, math.inf)
+     for p in (1, 2, 3)]
+    + [{"solver": "rational"}, {"solver": "rational", "backend": "torch"}, {"solver": "eigh"},
+       {"order": 2, "backend": "torch"}, {"solver": "lowrank", "rank": 1}],
+    ids=str,
+)  # fmt: skip
+def test_one_direction_has_no_less_than_one_dimension(options, dtype):
+    """Nothing is rounded below 0, which is where H of a single direction lies."""
+    g = torch.Generator().manual_seed(0)
+    for B, d in itertools.product((1, 2, 5, 19, 40, 64), (1, 3, 19, 31, 64)):
+        outer = torch.randn(B, 1, generator=g) @ torch.randn(1, d, generator=g)
+        noise = 1e-7 * torch.randn(B, d, generator=g)
+        row = torch.zeros(B, d)
+        row[0] = 3.7
+        x = torch.stack([outer, outer + noise, torch.ones(B, d), row])
+        for center in (True, False):
+            h = ses_kernels.spectral_entropy(x.to(dtype), center=center, **options)
+            assert (h >= 0).all()
+            rank = ses_kernels.effective_rank(x.to(dtype), center=center, **options)
+            assert (rank >= 1).all()
+    if options.get("solver") == "lowrank":
+        _, bound = ses_kernels.spectral_entropy(x.to(dtype), return_bound=True, **options)
+        assert (bound >= 0).all()
 
 
 @few

@@ -120,6 +120,7 @@ def solve(xs: list[Tensor], options) -> list[Solved]:
     for (solver, *_), members in calls:
         results = by_name.get(solver, _solve_stacked)([xs[i] for i in members], options)
         for i, result in zip(members, results, strict=True):
+            result.h.clamp_min_(0)  # rounding and poles go below, on a single direction
             solved[i] = result
     return solved
 
