@@ -15,6 +15,8 @@ OPERATIONS = [
     "rational",
     "rational_from_samples",
     "eigh",
+    "eigvalsh",
+    "svd",
 ]
 
 
@@ -91,6 +93,8 @@ def arguments(name, side, center, dtype):
         ),
         "rational_from_samples": ([x, x[:1, :3, :2]], center, True, "auto"),
         "eigh": (gram, "auto"),
+        "eigvalsh": (gram, "auto"),
+        "svd": (x,),
     }[name]
 
 

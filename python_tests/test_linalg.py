@@ -4,6 +4,7 @@ The matrices of one size are one batch, so that a hard one meets easy neighbours
 """
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -182,8 +183,18 @@ def test_eigh_nan_stays_in_its_matrix(n):
     a[3, 3, 3] = math.inf
     w, v = linalg.eigh(a)
     assert w.isnan().all(-1).tolist() == [False, True, False, True, False]
+    assert v.isnan().flatten(1).all(-1).tolist() == [False, True, False, True, False]
     torch.testing.assert_close(w[::2], expected[::2])
     assert v[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("n", [4, 40, 200])
+def test_eigh_ignores_nan_above_the_diagonal(n):
+    a = torch.randn(3, n, n)
+    expected = linalg.eigh(a)
+    a[1, 0, n - 1] = math.nan
+    for got, clean in zip(linalg.eigh(a), expected, strict=True):
+        torch.testing.assert_close(got, clean)
 
 
 # ---- svd ----------------------------------------------------------------------------------------
@@ -262,6 +273,25 @@ def test_svd_leaves_the_gram_matrix_where_it_is_ill_conditioned(monkeypatch):
     assert to_lapack(good.double())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("conditioned", ["well", "badly"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 4, 7), (5, 50, 41), (5, 1, 3), (5, 140, 150)])
+def test_svd_nan_stays_in_its_matrix(shape, dtype, conditioned, bad, capfd):
+    x = torch.randn(shape, dtype=torch.float64)
+    if conditioned == "badly":  # for torch.linalg.svd
+        x[4] = x[4, :, :1] @ x[4, :1]
+    x = x.to(dtype)
+    expected = [*linalg.svd(x), linalg.svdvals(x)]
+    x[1, 0, 2] = bad
+    x[3, -1, 0] = bad
+    got = [*linalg.svd(x), linalg.svdvals(x)]
+    for clean, out in zip(expected, got, strict=True):
+        assert out.flatten(1).isnan().all(-1).tolist() == [False, True, False, True, False]
+        torch.testing.assert_close(out[::2], clean[::2])
+    assert "MKL" not in "".join(capfd.readouterr())
+
+
 # ---- what both refuse and ignore -----------------------------------------------------------------
 
 
@@ -290,6 +320,22 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = linalg.svd(a)
     assert all(torch.equal(e, g) for e, g in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 2, 9, 12), (3, 2, 150, 140)])
+@pytest.mark.parametrize("function", [linalg.svd, linalg.svdvals, linalg.eigh])
+def test_vmap_folds_the_batch(function, shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    if function is linalg.eigh:
+        x = (x @ x.mT).to(torch.promote_types(dtype, torch.float32))
+    as_tuple = lambda outs: (outs,) if isinstance(outs, torch.Tensor) else outs  # noqa: E731
+    for axis in (0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # where torch loops over the batch it says so
+            got = as_tuple(torch.vmap(function, in_dims=axis)(x))
+        for out, clean in zip(got, as_tuple(function(x.movedim(axis, 0))), strict=True):
+            torch.testing.assert_close(out, clean)
 
 
 @without_extension

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ses_kernels import ops
+from ses_kernels import ops, torch_rows
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., n, n)
@@ -31,8 +31,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., 
     n = a.shape[-1]
     if a.shape[-2] != n:
         raise ValueError(f"eigh takes square matrices (..., n, n), got shape {tuple(a.shape)}")
-    with torch.autocast(a.device.type, enabled=False):
-        w, v = ops.eigh(a.reshape(-1, n, n), "auto")
+    w, v = ops.eigh(a.reshape(-1, n, n), "auto")
     return w.reshape(a.shape[:-1]), v.reshape(a.shape)
 
 
@@ -45,23 +44,16 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     float32 and half inputs go through the float64 Gram matrix of the smaller side: O(B d n), and
     right to float32 round-off while sigma_min > 1e-4 sigma_max. A Gram matrix squares the condition
     number, so a batch with a smaller ratio, and every float64 input, goes to ``torch.linalg.svd``;
-    finding out reads one number on the host.
+    finding out reads one number on the host. A NaN or Inf gives NaN for that matrix alone.
 
     Errors: as :func:`eigh`, for any B and d.
     """
     _check(x, "svd", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
-    with torch.autocast(x.device.type, enabled=False):
-        if x.dtype != torch.float64:
-            wide = x.shape[-2] <= x.shape[-1]
-            y = x.double() if wide else x.mT.double()
-            w, u = _gram_eigh(y)
-            sigma = w.clamp_min(0).sqrt()
-            if bool((sigma[..., -1] > 1e-4 * sigma[..., 0]).all()):
-                vh = (u.mT @ y) / sigma[..., None]
-                u, vh = (u, vh) if wide else (vh.mT, u.mT)
-                return u.float(), sigma.float(), vh.float()
-            x = x.float()
-        return torch.linalg.svd(x, full_matrices=False)
+    u, s, vh = _svd(x.reshape(-1, *x.shape[-2:]))
+    batch = x.shape[:-2]
+    return (
+        u.reshape(*batch, *u.shape[1:]), s.reshape(*batch, -1), vh.reshape(*batch, *vh.shape[1:])
+    )  # fmt: skip
 
 
 def svdvals(x: Tensor) -> Tensor:  # (..., B, d) -> (..., n)
@@ -71,22 +63,52 @@ def svdvals(x: Tensor) -> Tensor:  # (..., B, d) -> (..., n)
     error of about 1e-8 sigma_max at worst, below float32 round-off. float64 inputs:
     ``torch.linalg.svdvals``, because the Gram matrix would lose half their digits.
 
-    Dtypes and errors: as :func:`svd`.
+    Dtypes, NaN and errors: as :func:`svd`.
     """
     _check(x, "svdvals", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
-    with torch.autocast(x.device.type, enabled=False):
-        if x.dtype == torch.float64:
-            return torch.linalg.svdvals(x)
-        y = x.double()
-        w, _ = _gram_eigh(y if x.shape[-2] <= x.shape[-1] else y.mT)
-        return w.clamp_min(0).sqrt().float()
+    y = x.reshape(-1, *x.shape[-2:])
+    if x.dtype == torch.float64:
+        finite = y.isfinite().all(-1).all(-1)[:, None]  # LAPACK rejects NaN for the whole batch
+        sigma = torch.linalg.svdvals(torch.where(finite[..., None], y, 0.0))
+        return torch.where(finite, sigma, torch.nan).reshape(*x.shape[:-2], -1)
+    y = y.double() if x.shape[-2] <= x.shape[-1] else y.mT.double()
+    w = ops.eigvalsh(y @ y.mT, "auto")
+    return w.flip(-1).clamp_min(0).sqrt().float().reshape(*x.shape[:-2], -1)
 
 
-def _gram_eigh(y: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, m), descending
-    gram = y @ y.mT
-    n = gram.shape[-1]
-    w, u = ops.eigh(gram.reshape(-1, n, n), "auto")
-    return w.flip(-1).reshape(gram.shape[:-1]), u.flip(-1).reshape(gram.shape)
+# One operation, for the look on the host in it: tracers and vmap could not follow.
+
+
+def _svd_row(x):
+    outs = None if x.dtype == torch.float64 else _svd_by_gram(x)
+    if outs is None:
+        finite, bad = torch_rows.without_nan(x.to(ops.widened(x)))
+        outs = [torch_rows.with_nan(out, bad) for out in torch.linalg.svd(finite, False)]
+    return tuple(out.to(ops.widened(x), memory_format=torch.contiguous_format) for out in outs)
+
+
+def _svd_by_gram(x):  # (b, B, d)
+    """U, S, Vh from the float64 Gram matrix of the smaller side; None if one is ill-conditioned."""
+    wide = x.shape[1] <= x.shape[2]
+    y = x.double() if wide else x.mT.double()
+    w, u = ops.eigh(y @ y.mT, "auto")
+    sigma, u = w.flip(-1).clamp_min(0).sqrt(), u.flip(-1)
+    if bool((sigma[:, -1] <= 1e-4 * sigma[:, 0]).any()):  # never of NaN
+        return None
+    vh = (u.mT @ y) / sigma[..., None]
+    return (u, sigma, vh) if wide else (vh.mT, sigma, u.mT)
+
+
+def _svd_fake(x):
+    b, rows, columns = x.shape
+    n = min(rows, columns)
+    sizes = (b, rows, n), (b, n), (b, n, columns)
+    return tuple(x.new_empty(size, dtype=ops.widened(x)) for size in sizes)
+
+
+_svd = ops.register(
+    "svd", "(Tensor x) -> (Tensor, Tensor, Tensor)", fake=_svd_fake, default=_svd_row, folds=True
+)
 
 
 def _check(a: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:

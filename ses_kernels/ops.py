@@ -8,6 +8,7 @@
     rational_from_samples
                     location_scale, gram and rational of many x in one call, where that is faster
     eigh            eigenvalues and eigenvectors of a batch of symmetric matrices
+    eigvalsh        the eigenvalues alone
 
 x is (b, B, d). Standardised: Xs = ((x - first row) - mean offset) * scale, in the compute dtype
 (the dtype of scale). Subtracting a row first makes equal rows exactly zero and keeps a large common
@@ -33,13 +34,27 @@ else:
 _library = torch.library.Library("ses_kernels", "DEF")
 
 
-def _register(name: str, schema: str, *, fake, default, **rows) -> None:
-    """One operation: ``default`` serves every device without a row of its own."""
+def register(name: str, schema: str, *, fake, default, folds=False, **rows):
+    """One operation: ``default`` serves every device without a row of its own.
+
+    ``folds``: its only tensor is a batch of matrices (b, ..), which an axis of vmap joins.
+    """
     _library.define(name + schema)
     _library.impl(name, default, "CompositeExplicitAutograd")
     for device, row in rows.items():
         _library.impl(name, row, device)
     torch.library.register_fake(f"ses_kernels::{name}", fake, lib=_library)
+    operation = getattr(torch.ops.ses_kernels, name).default
+    if folds:
+
+        def fold(info, in_dims, x, *options):
+            outs = operation(x.movedim(in_dims[0], 0).flatten(0, 1), *options)
+            if isinstance(outs, Tensor):
+                return outs.unflatten(0, (info.batch_size, -1)), 0
+            return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outs), (0,) * len(outs)
+
+        torch.library.register_vmap(f"ses_kernels::{name}", fold, lib=_library)
+    return operation
 
 
 # ---- what can run here ----------------------------------------------------------------------
@@ -295,6 +310,11 @@ def _eigh_cpu(a, backend):
     return w, v.mT
 
 
+def _eigvalsh_cpu(a, backend):
+    # The kernels make the vectors all the same; LAPACK is faster without.
+    return _eigh_cpu(a, backend)[0] if _eigh_fused(a, backend) else torch_rows.eigvalsh(a, backend)
+
+
 def _eigh_cuda(a, backend):
     if not _eigh_fused(a, backend):
         return torch_rows.eigh(a, backend)
@@ -306,6 +326,10 @@ def _eigh_cuda(a, backend):
         a.device.index, stream,
     )  # fmt: skip
     return w, v.mT
+
+
+def _eigvalsh_cuda(a, backend):
+    return _eigh_cuda(a, backend)[0] if _eigh_fused(a, backend) else torch_rows.eigvalsh(a, backend)
 
 
 # ---- one operation by others ----------------------------------------------------------------
@@ -368,7 +392,11 @@ def _eigh_fake(a, backend):
     return w, v.mT
 
 
-_register(
+def _eigvalsh_fake(a, backend):
+    return a.new_empty(a.shape[:-1])
+
+
+location_scale = register(
     "location_scale",
     "(Tensor x, Tensor anchor, ScalarType dtype, str backend) -> (Tensor, Tensor)",
     fake=_location_scale_fake,
@@ -376,7 +404,7 @@ _register(
     CPU=_location_scale_cpu,
     CUDA=_location_scale_cuda,
 )
-_register(
+gram = register(
     "gram",
     "(Tensor x, Tensor location, Tensor scale, str side, ScalarType dtype, str backend) -> Tensor",
     fake=_gram_fake,
@@ -384,7 +412,7 @@ _register(
     CPU=_gram_cpu,
     CUDA=_gram_cuda,
 )
-_register(
+gram_backward = register(
     "gram_backward",
     "(Tensor m, Tensor x, Tensor location, Tensor scale, Tensor g, str side, str backend)"
     " -> Tensor",
@@ -393,7 +421,7 @@ _register(
     CPU=_gram_backward_cpu,
     CUDA=_gram_backward_cuda,
 )
-_register(
+rational = register(
     "rational",
     "(Tensor[] grams, bool[] center, ScalarType dtype, bool gradient, str backend) -> Tensor[]",
     fake=_rational_fake,
@@ -401,30 +429,28 @@ _register(
     CPU=_rational_cpu,
     CUDA=_rational_cuda,
 )
-_register(
+rational_from_samples = register(
     "rational_from_samples",
     "(Tensor[] xs, bool center, bool gradient, str backend) -> Tensor[]",
     fake=_rational_from_samples_fake,
     default=_rational_from_samples_in_steps,
     CPU=_rational_from_samples_cpu,
 )
-_register(
+eigh = register(
     "eigh",
     "(Tensor a, str backend) -> (Tensor, Tensor)",
     fake=_eigh_fake,
     default=torch_rows.eigh,
+    folds=True,
     CPU=_eigh_cpu,
     CUDA=_eigh_cuda,
 )
-
-location_scale = torch.ops.ses_kernels.location_scale.default
-gram = torch.ops.ses_kernels.gram.default
-gram_backward = torch.ops.ses_kernels.gram_backward.default
-rational = torch.ops.ses_kernels.rational.default
-rational_from_samples = torch.ops.ses_kernels.rational_from_samples.default
-eigh = torch.ops.ses_kernels.eigh.default
-
-
-def eigvalsh(a: Tensor, backend: str) -> Tensor:  # (b, n, n) -> (b, n)
-    """Eigenvalues alone. The kernels make the vectors all the same; LAPACK is faster without."""
-    return eigh(a, backend)[0] if _eigh_fused(a, backend) else torch_rows.eigvalsh(a)
+eigvalsh = register(
+    "eigvalsh",
+    "(Tensor a, str backend) -> Tensor",
+    fake=_eigvalsh_fake,
+    default=torch_rows.eigvalsh,
+    folds=True,
+    CPU=_eigvalsh_cpu,
+    CUDA=_eigvalsh_cuda,
+)

@@ -117,20 +117,25 @@ def rational(grams, center, dtype, gradient, backend):
 
 
 def eigh(a, backend):
-    a, bad = _without_nan(a)
+    a, bad = without_nan(a.tril())
     w, v = torch.linalg.eigh(a)
-    return (w if bad is None else w.masked_fill(bad, torch.nan)), v
+    return with_nan(w, bad), with_nan(v, bad)
 
 
-def eigvalsh(a):
-    a, bad = _without_nan(a)
-    w = torch.linalg.eigvalsh(a)
-    return w if bad is None else w.masked_fill(bad, torch.nan)
+def eigvalsh(a, backend):
+    a, bad = without_nan(a.tril())
+    return with_nan(torch.linalg.eigvalsh(a), bad)
 
 
-def _without_nan(a):
+def without_nan(a: Tensor) -> tuple[Tensor, Tensor | None]:  # (b, m, n) -> the same, (b,) or None
     """LAPACK rejects NaN for the whole batch: zeros for such matrices, and which they are."""
     if math.isfinite(a.sum()):  # a look on the host, as torch.linalg.eigh itself takes
         return a, None
-    bad = ~a.isfinite().all(-1).all(-1)[:, None]
-    return a.masked_fill(bad[..., None], 0), bad
+    bad = ~a.isfinite().all(-1).all(-1)
+    return a.masked_fill(bad[:, None, None], 0), bad
+
+
+def with_nan(out: Tensor, bad: Tensor | None) -> Tensor:  # (b, ..)
+    if bad is None:
+        return out
+    return out.masked_fill(bad.reshape(-1, *[1] * (out.dim() - 1)), torch.nan)
