@@ -1,12 +1,15 @@
 """torch.compile without graph breaks, and opcheck of every operation in the table."""
 
+import io
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import ses_kernels
-from ses_kernels import ops
+from ses_kernels import linalg, metrics, ops
 
 OPERATIONS = [
     "location_scale",
@@ -17,6 +20,8 @@ OPERATIONS = [
     "eigh",
     "eigvalsh",
     "svd",
+    "lowrank",
+    "entropies",
 ]
 
 
@@ -49,6 +54,113 @@ def test_fullgraph_equals_eager(options, compiler):
     (compiled_gradient,) = torch.autograd.grad(got, x)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_fullgraph_without_a_gradient(layers):
+    """Dynamo tells a Function with a context from one without by its number of arguments."""
+    xs = [torch.randn(12, 8 + i) for i in range(layers)]
+    compiled = torch.compile(ses_kernels.spectral_entropies, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(xs), ses_kernels.spectral_entropies(xs))
+
+
+# ---- other tracers: what they may not do is look at a value on the host --------------------------
+
+
+def entropy(**options):
+    return lambda x: ses_kernels.spectral_entropy(x, **options)
+
+
+FUNCTIONS = {
+    "spectral_entropy": ses_kernels.spectral_entropy,
+    "eigh": entropy(solver="eigh"),
+    "rational": entropy(solver="rational"),
+    "lowrank": entropy(solver="lowrank", rank=2),
+    "lowrank without a tail": entropy(solver="lowrank", rank=2000),
+    "torch": entropy(backend="torch"),
+    "order 0.5": entropy(order=0.5),
+    "order 1.1": entropy(order=1.1),
+    "spectral_entropies": lambda x: ses_kernels.spectral_entropies([x[0], x[1, :4]]),
+    "rankme": metrics.rankme,
+    "stable_rank": metrics.stable_rank,
+    "participation_ratio": metrics.participation_ratio,
+    "vendi_score": metrics.vendi_score,
+    "linalg.eigh": lambda x: linalg.eigh(x @ x.mT)[0],
+    "linalg.svd": lambda x: linalg.svd(x)[1],
+    "linalg.svdvals": linalg.svdvals,
+}
+differentiable = [name for name in FUNCTIONS if not name.startswith("linalg")]
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+sizes = pytest.mark.parametrize("n", [20, 140])  # within the extension's limits and beyond
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+class Module(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_function
+@sizes
+@dtypes
+@pytest.mark.parametrize("grad", [False, True])
+def test_export(name, n, dtype, grad):
+    x = torch.randn(2, n, n + 9, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        exported = torch.export.export(Module(FUNCTIONS[name]), (x,)).module()
+        y = torch.randn_like(x)
+        assert_same(exported(y), FUNCTIONS[name](y))
+
+
+@every_function
+@sizes
+@dtypes
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_shapes_without_values(name, n, dtype, device):
+    x = torch.randn(2, n, n + 9, dtype=dtype)
+    expected = FUNCTIONS[name](x)
+    with FakeTensorMode() if device == "fake" else nullcontext() as mode:
+        shaped = mode.from_tensor(x) if mode else x.to("meta")
+        got = FUNCTIONS[name](shaped)
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        if name in differentiable:
+            shaped.requires_grad_()
+            (g,) = torch.autograd.grad(FUNCTIONS[name](shaped).sum(), shaped)
+            assert g.shape == x.shape
+
+
+@every_function
+@sizes
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace(name, n, grad):
+    """With its own check, which traces a second time under no_grad."""
+    if grad and name not in differentiable:
+        pytest.skip("linalg is not differentiable")
+    function = FUNCTIONS[name]
+    traced = torch.jit.trace(function, (torch.randn(2, n, n + 9, requires_grad=grad),))
+    y = torch.randn(2, n, n + 9, requires_grad=grad)
+    assert_same(traced(y), function(y))
+    if grad:
+        (g,) = torch.autograd.grad(traced(y).sum(), y)
+        assert torch.equal(g, torch.autograd.grad(function(y).sum(), y)[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_saved_trace_is_differentiable():
+    file, y = io.BytesIO(), torch.randn(7, 9, requires_grad=True)
+    function = torch.nn.Sequential(torch.nn.Linear(9, 5), Module(ses_kernels.spectral_entropy))
+    torch.jit.save(torch.jit.trace(function, (torch.randn(7, 9),)), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for _ in range(2):  # the second run of a trace is the optimised one
+        (g,) = torch.autograd.grad(loaded(y), y)
+        assert_same(g, torch.autograd.grad(function(y), y)[0])
 
 
 def test_dynamic_shapes_compile_once():
@@ -95,6 +207,8 @@ def arguments(name, side, center, dtype):
         "eigh": (gram, "auto"),
         "eigvalsh": (gram, "auto"),
         "svd": (x,),
+        "entropies": ([x, x[:1, :3]], center, 2.0, 1.0, "auto", "auto"),
+        "lowrank": (torch.randn(2, 13, 14).to(dtype), 1, center, "auto"),
     }[name]
 
 

@@ -11,15 +11,14 @@ two that keeps squares in range; H does not depend on s, and M(K) = s^2 M(s^2 K)
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
 from ses_kernels import entropy, ops, solvers, torch_rows
+from ses_kernels.context import is_transformed, without_autocast
 
 
 class Options(NamedTuple):
@@ -33,41 +32,49 @@ class Options(NamedTuple):
 
 
 def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l, d_l) -> L x (b_l,)
-    if torch.compiler.is_dynamo_compiling():
-        return SpectralEntropyFunction.apply(options, *xs)
-    if torch._C._are_functorch_transforms_active() or _have_tangents(xs):
+    compiling = torch.compiler.is_dynamo_compiling()
+    if torch.jit.is_tracing() and options.group is None:
+        return tuple(_traceable(xs, *options[:5]))
+    if not compiling and is_transformed(xs):
         return TransformableFunction.apply(options, *xs)[: len(xs)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in xs):
-        # What Function.apply comes to then, without binding arguments to a signature: 13 of 49 us.
-        return super(torch.autograd.Function, SpectralEntropyFunction).apply(options, *xs)
-    return _solve(options._replace(gradient=False), *xs)[: len(xs)]  # eigenvalues cost a fraction
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
+        return _solve(options._replace(gradient=False), *xs)[: len(xs)]  # eigenvalues cost less
+    if compiling:
+        return SpectralEntropyFunction.apply(options, *xs)
+    # What Function.apply comes to then, without binding arguments to a signature: 13 of 49 us.
+    return super(torch.autograd.Function, SpectralEntropyFunction).apply(options, *xs)
 
 
-def _have_tangents(xs) -> bool:
-    return any(unpack_dual(x).tangent is not None for x in xs)
-
-
-def _without_autocast(method):
-    """Autocast would turn the float32 products below into half precision. args[-1] is a tensor."""
-
-    @functools.wraps(method)
-    def inner(*args):
-        # The public questions take the name of a device, which takes 20 us to look up after others
-        # have used the caches.
-        if torch._C._is_any_autocast_enabled():
-            device = args[-1].device.type
-            if torch.amp.is_autocast_available(device):  # not on the meta device
-                with torch.autocast(device, enabled=False):
-                    return method(*args)
-        return method(*args)
-
-    return inner
-
-
-@_without_autocast
+@without_autocast
 def _solve(options, *xs):  # L x (b, B, d) -> H of each, then M, location and scale, for backward
     hs, ms, locations, scales = zip(*solvers.solve(xs, options), strict=True)
     return *hs, *ms, *locations, *scales
+
+
+# For torch.jit.trace, one operation whether or not a gradient is wanted: its check traces again
+# under no_grad. The tracer looks no further, and hands it to autograd where the trace is run.
+
+
+def _traceable_row(xs, center, power, order, solver, backend):
+    options = Options(center, power, order, solver, backend, None, gradient=False)
+    return list(_solve(options, *xs)[: len(xs)])
+
+
+def _traceable_autograd(xs, center, power, order, solver, backend):
+    return list(apply(Options(center, power, order, solver, backend, None), *xs))
+
+
+def _traceable_fake(xs, center, power, order, solver, backend):
+    return [x.new_empty(x.shape[0], dtype=ops.widened(x)) for x in xs]
+
+
+_traceable = ops.register(
+    "entropies",
+    "(Tensor[] xs, bool center, float power, float order, str solver, str backend) -> Tensor[]",
+    fake=_traceable_fake,
+    default=_traceable_row,
+    Autograd=_traceable_autograd,
+)
 
 
 def _save(ctx, options, *tensors):
@@ -194,7 +201,7 @@ def _fold_batch(size, in_dims, tensors):
     return [t.flatten(0, 1) for t in moved]
 
 
-@_without_autocast
+@without_autocast
 def _gradient(options, g, x, m, location, scale) -> Tensor:  # -> (b, B, d) in x's dtype
     if g.dtype != scale.dtype:
         g = g.to(scale.dtype)
@@ -202,7 +209,7 @@ def _gradient(options, g, x, m, location, scale) -> Tensor:  # -> (b, B, d) in x
     return ops.gram_backward(m, x, location, scale, g, side, options.backend)
 
 
-@_without_autocast
+@without_autocast
 def _hessian_product(options, v, x, m, location, scale) -> Tensor:  # v (b, B, d) -> (b, B, d)
     """(d2H/dx2) v, the derivative of dH/dx = 2 M(K) Xc along v: 2 DM[dK] Xc + 2 M dXc."""
     side = solvers.side(x, options)

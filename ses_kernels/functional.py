@@ -190,7 +190,7 @@ def _flat_entropies(xs: list[Tensor], rank: int | None, options: Options) -> tup
 
 def _low_rank(x: Tensor, rank: int, options: Options) -> tuple[Tensor, Tensor]:  # (b, B, d)
     """Entropies and bounds (b,); a rank that would leave no tail gets the exact spectrum."""
-    if rank + lowrank.OVERSAMPLING < min(x.shape[1] - options.center, x.shape[2]):
+    if rank + lowrank.OVERSAMPLING < min(x.shape[1] - int(options.center), x.shape[2]):
         return lowrank.apply(x, rank, options.center, options.backend)
     (entropy,) = apply(options._replace(solver="eigh"), x)
     return entropy, torch.zeros_like(entropy)

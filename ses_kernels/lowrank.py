@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ses_kernels import ops, torch_rows
+from ses_kernels.context import without_autocast
 
 OVERSAMPLING = 8  # directions computed, and used, beyond the rank asked for: q = rank + 8
 _POWER_ITERATIONS = 2
@@ -56,8 +57,7 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, rank, center, backend):  # (b, B, d)
-        with torch.autocast(x.device.type, enabled=False):
-            return _forward(x, rank, center, backend)
+        return _solve(x, rank, center, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -84,13 +84,13 @@ class LowRankBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @without_autocast
     def forward(g, x, u, cv, tail, location, scale):
         g = g.to(scale.dtype)[:, None, None]
-        with torch.autocast(x.device.type, enabled=False):
-            blocks = [
-                torch.baddbmm(g * tail[:, None, None] * xs, g * u[:, rows], cv).to(x.dtype)
-                for rows, xs in _standardized(x, location, scale)
-            ]
+        blocks = [
+            torch.baddbmm(g * tail[:, None, None] * xs, g * u[:, rows], cv).to(x.dtype)
+            for rows, xs in _standardized(x, location, scale)
+        ]
         return torch.cat(blocks, 1)
 
     @staticmethod
@@ -105,10 +105,11 @@ class LowRankBackward(torch.autograd.Function):
         )
 
 
-def _forward(x, rank, center, backend):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+@without_autocast
+def _solve_row(x, rank, center, backend):
+    dtype = ops.widened(x)
     location, scale = ops.location_scale(x, x[:, :1] if center else x[:, :0], dtype, backend)
-    n = min(x.shape[1] - center, x.shape[2])  # centred samples sum to zero: one direction less
+    n = min(x.shape[1] - int(center), x.shape[2])  # centred samples sum to zero: one direction less
     q = rank + OVERSAMPLING
 
     u = _range(x, location, scale, q)
@@ -137,7 +138,32 @@ def _forward(x, rank, center, backend):
     cv = (coefficient * (f - f_tail) * sigma).to(dtype)[..., None] * vh
     tail = (coefficient * f_tail)[:, 0].to(dtype)
     h, bound = (torch.where(finite, v[:, 0], torch.nan).to(dtype) for v in (h, bound))
-    return h, bound, u, cv, tail, location, scale
+    return h, bound, u, cv.contiguous(), tail, location, scale
+
+
+def _solve_fake(x, rank, center, backend):
+    b, rows, columns = x.shape
+    q = rank + OVERSAMPLING
+    sizes = [
+        (b,),
+        (b,),
+        (b, rows, q),
+        (b, q, columns),
+        (b,),
+        (b, 2 if center else 0, columns),
+        (b,),
+    ]
+    return tuple(x.new_empty(size, dtype=ops.widened(x)) for size in sizes)
+
+
+# One operation: its draws and its blocks are no tracer's business.
+_solve = ops.register(
+    "lowrank",
+    "(Tensor x, int rank, bool center, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_solve_fake,
+    default=_solve_row,
+)
 
 
 def _range(x, location, scale, q) -> Tensor:  # -> (b, B, q)
@@ -152,10 +178,6 @@ def _range(x, location, scale, q) -> Tensor:  # -> (b, B, q)
 def _test_matrix(d: int, q: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)  # the user's stays where it is
     return torch.randn(d, q, generator=generator, dtype=dtype, device=device)
-
-
-# What torch.compiler.assume_constant_result sets; it would import Dynamo, and Triton, here.
-_test_matrix._dynamo_marked_constant = True
 
 
 def _times(x, location, scale, y) -> Tensor:  # Xs y: (b, d, q) -> (b, B, q)
