@@ -5,6 +5,7 @@ import math
 import mpmath
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     FAMILIES,
     errors,
@@ -13,6 +14,8 @@ from conftest import (
     root_mean_square,
     value_and_gradient,
 )
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 import ses_kernels
 from ses_kernels import ops, reference
@@ -324,6 +327,55 @@ def test_errors_say_what_was_got():
             call()
     with pytest.raises(TypeError):  # keyword-only
         ses_kernels.spectral_entropy(x, True)
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def distributed(x):
+    return DTensor.from_local(x, DeviceMesh("cpu", [0]))
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (
+            torch.Tensor.cfloat,
+            "got torch.complex64; torch.linalg.svdvals.*would drop",
+        ),
+        (torch.Tensor.cdouble, "got torch.complex128; torch.linalg.svdvals"),
+        (torch.Tensor.int, r"got torch.int32; convert with x.float\(\)"),
+        (torch.Tensor.bool, r"got torch.bool; convert with x.float\(\)"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"float8_e4m3fn; convert with x.float\(\)"),
+        (torch.Tensor.to_sparse, r"got torch.sparse_coo; convert with x.to_dense\(\)"),
+        (torch.Tensor.to_sparse_csr, r"got torch.sparse_csr; convert with x.to_dense\(\)"),
+        (torch.Tensor.to_sparse_csc, r"got torch.sparse_csc; convert with x.to_dense\(\)"),
+        (torch.Tensor.to_mkldnn, r"got torch._mkldnn; convert with x.to_dense\(\)"),
+        (lambda x: torch.nested.nested_tensor([x, x[:2]]), r"got a nested one.*x.unbind\(\)"),
+        (lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), "got a nested one"),
+        (distributed, r"got a DTensor.*x.full_tensor\(\).*x.to_local\(\) with group="),
+        (torch.Tensor.tolist, "got list"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:The PyTorch API of nested")
+@pytest.mark.usefixtures("group")
+def test_tensors_that_are_not_dense_and_real(convert, message):
+    x = convert(torch.randn(4, 6))
+    for function in (
+        ses_kernels.spectral_entropy,
+        lambda x: ses_kernels.spectral_entropies([x]),
+        lambda x: ses_kernels.spectral_entropy(x, solver="lowrank", rank=1),
+        ses_kernels.metrics.vendi_score,
+        ses_kernels.linalg.eigh,
+        ses_kernels.linalg.svd,
+        ses_kernels.linalg.svdvals,
+    ):
+        with pytest.raises(TypeError, match=message):
+            function(x)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ses_kernels import distributed, lowrank
 from ses_kernels.autograd import Options, apply
+from ses_kernels.checks import check
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SOLVERS = ("auto", "eigh", "rational", "lowrank")
 _BACKENDS = ("auto", "torch", "fused")
 
@@ -70,7 +70,7 @@ def spectral_entropy(
         has the dtype of x.
 
     Raises:
-        TypeError: x is not a floating-point tensor of the dtypes above.
+        TypeError: x is not a dense tensor of the dtypes above: complex, sparse, nested, a DTensor.
         ValueError: fewer than two axes, an empty axis, an option outside its range, or options that
             exclude each other.
         RuntimeError: ``backend="fused"`` and a kernel that cannot run here.
@@ -105,6 +105,7 @@ def spectral_entropy(
     derivative: Daleckii & Krein (1965), see Higham, "Functions of Matrices" (2008), ch. 3. Range
     finder: Halko, Martinsson & Tropp, SIAM Review 53 (2011).
     """
+    check(x)
     options = _options(center, power, order, solver, rank, backend, group)
     if return_bound:
         if solver != "lowrank":
@@ -140,12 +141,13 @@ def spectral_entropies(
     if not xs:
         raise ValueError("spectral_entropies needs at least one matrix, got an empty sequence")
     for index, x in enumerate(xs):
-        if isinstance(x, Tensor) and x.dim() != 2:
+        check(x)
+        if x.dim() != 2:
             raise ValueError(
                 f"spectral_entropies takes one (B, d) matrix a layer, got shape {tuple(x.shape)} "
                 f"at index {index}; use spectral_entropy for a batch of matrices"
             )
-        if isinstance(x, Tensor) and isinstance(xs[0], Tensor) and x.device != xs[0].device:
+        if x.device != xs[0].device:
             raise ValueError(
                 f"spectral_entropies takes tensors of one device, got {xs[0].device} at index 0 "
                 f"and {x.device} at index {index}; call it once per device"
@@ -197,21 +199,7 @@ def _low_rank(x: Tensor, rank: int, options: Options) -> tuple[Tensor, Tensor]: 
 
 
 def _flat(x: Tensor) -> Tensor:  # (..., B, d) -> (prod(...), B, d)
-    _check(x)
     return x if x.dim() == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-
-
-def _check(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected a torch.Tensor of shape (..., B, d), got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(
-            f"expected float16, bfloat16, float32 or float64, got {x.dtype}; convert with x.float()"
-        )
-    if x.dim() < 2:
-        raise ValueError(f"expected shape (..., B samples, d features), got {tuple(x.shape)}")
-    if 0 in x.shape:
-        raise ValueError(f"expected no empty axis in (..., B, d), got shape {tuple(x.shape)}")
 
 
 def _options(center, power, order, solver, rank, backend, group) -> Options:

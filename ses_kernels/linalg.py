@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ses_kernels import ops, torch_rows
+from ses_kernels.checks import FLOATING, SINGLE_AND_DOUBLE, check
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., n, n)
@@ -27,7 +26,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., 
         RuntimeError: a requires grad (use :func:`torch.linalg.eigh`, or for a function of the
             spectrum :func:`ses_kernels.spectral_entropy`, whose gradient needs no eigenvector's).
     """
-    _check(a, "eigh", (torch.float32, torch.float64))
+    _check(a, "eigh", SINGLE_AND_DOUBLE)
     n = a.shape[-1]
     if a.shape[-2] != n:
         raise ValueError(f"eigh takes square matrices (..., n, n), got shape {tuple(a.shape)}")
@@ -48,7 +47,7 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Errors: as :func:`eigh`, for any B and d.
     """
-    _check(x, "svd", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    _check(x, "svd", FLOATING)
     u, s, vh = _svd(x.reshape(-1, *x.shape[-2:]))
     batch = x.shape[:-2]
     return (
@@ -65,7 +64,7 @@ def svdvals(x: Tensor) -> Tensor:  # (..., B, d) -> (..., n)
 
     Dtypes, NaN and errors: as :func:`svd`.
     """
-    _check(x, "svdvals", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    _check(x, "svdvals", FLOATING)
     y = x.reshape(-1, *x.shape[-2:])
     if x.dtype == torch.float64:
         finite = y.isfinite().all(-1).all(-1)[:, None]  # LAPACK rejects NaN for the whole batch
@@ -112,12 +111,7 @@ _svd = ops.register(
 
 
 def _check(a: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(a, Tensor):
-        raise TypeError(f"{name} takes a torch.Tensor, got {type(a).__name__}")
-    if a.dtype not in dtypes:
-        raise TypeError(f"{name} takes {', '.join(map(str, dtypes))}, got {a.dtype}")
-    if a.dim() < 2 or math.prod(a.shape) == 0:
-        raise ValueError(f"{name} takes (..., rows, columns), no axis empty, got {tuple(a.shape)}")
+    check(a, dtypes)
     if torch.is_grad_enabled() and a.requires_grad:
         raise RuntimeError(
             f"ses_kernels.linalg.{name} is not differentiable and its input requires grad; call it "

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ses_kernels.functional import _check, effective_rank, spectral_entropy
+from ses_kernels.checks import check
+from ses_kernels.functional import effective_rank, spectral_entropy
 
 
 def rankme(x: Tensor, **options: Any) -> Tensor:  # (..., B, d) -> (...)
@@ -81,7 +82,7 @@ def stable_rank(w: Tensor, **options: Any) -> Tensor:  # (..., m, n) -> (...)
 
 
 def _unit_rows(x: Tensor) -> Tensor:  # (..., B, d), at least float32; rows of zeros stay zero
-    _check(x)
+    check(x)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = x.detach().abs().amax(-1, keepdim=True)  # a constant: the quotient is free of it
     # Infinity lets no gradient through to a row of zeros, not even round-off, whatever its scale.
