@@ -59,6 +59,50 @@ def test_float32_within_twice_plain_torch(name, options):
     assert gradient <= 2 * plain_gradient + gradient_floor
 
 
+@pytest.mark.parametrize("place", [0, 5])
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (200, 50), (16, 300), (140, 150)], ids=str)
+def test_outliers_beyond_a_float32_gram_matrix(shape, place):
+    """One row leaves 1e-4 to 1e-10 of the variance to the rest: what the docstring says of it."""
+    unit = max(shape) * torch.finfo(torch.float32).eps
+
+    def of(x, solver, options):
+        f = lambda y: ses_kernels.spectral_entropy(y, solver=solver, **options)  # noqa: E731
+        return errors(f, x, **options)
+
+    worst = 0.0
+    for size in (1e2, 1e3, 1e4, 1e5):
+        x = torch.randn(shape)
+        x[place] *= size
+        for options in ({}, {"order": 1.1}, {"order": 3}, {"power": 3}):
+            value, gradient = of(x, "eigh", options)
+            assert value < 8 * unit
+            assert gradient < 8 * math.sqrt(unit)
+            worst = max(worst, gradient)
+            assert of(x.double(), "eigh", options)[1] < 1e-8
+        assert of(x, "auto", {"order": 2})[1] < 1e-5
+        assert of(x, "rational", {})[1] < 1e-4
+    assert worst > math.sqrt(unit) / 8  # the limit is no larger than what it limits
+
+
+@pytest.mark.parametrize("n", [2, 8, 64])
+@pytest.mark.parametrize("options", [{"power": 1}, {"power": 0.5}, {"order": 0.5}], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_smallest_singular_value_that_counts(options, n, turned):
+    """sqrt(n eps) of float32 samples, by a float64 Gram matrix; max(B, d) eps of float64 ones."""
+    width = n + 3
+    double = torch.finfo(torch.float64).eps
+    for dtype, limit in ((torch.float32, math.sqrt(n * double)), (torch.float64, width * double)):
+        for share, counts in ((2, True), (0.5, False)):
+            x = torch.zeros(n, width, dtype=dtype)
+            x[0, 0], x[1, 1] = 1, share * limit
+            x = x.mT if turned else x
+            got = ses_kernels.spectral_entropy(x, center=False, **options).item()
+            p = torch.tensor([1, share * limit], dtype=torch.float64) ** options.get("power", 2)
+            p, q = p / p.sum(), options.get("order", 1)
+            exact = torch.special.entr(p).sum() if q == 1 else (p**q).sum().log() / (1 - q)
+            assert got == pytest.approx(exact.item() if counts else 0, rel=1e-4 / share)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("B", [1, 2, 3, 5, 16, 17, 31, 64, 65])
 def test_float64_equals_reference(B, options):

@@ -82,6 +82,14 @@ def spectral_entropy(
     inputs go through ``torch.linalg.svd``. Values are scaled by a power of two first: |x| from
     1e-18 to 1e18 is safe.
 
+    What a Gram matrix cannot hold: in float32 (``"eigh"`` at power 2 and order 1, order > 1 or
+    power > 2, ``backend="torch"``, CUDA) shares p_i below some N 1e-7, N = max(B, d), are rounding.
+    H is right to a few N 1e-7, but its gradient, in units of 1 / |Xc|, to a few sqrt(N 1e-7):
+    where one outlier, a row of 1e4 among ones, leaves H near 1e-5, that may be all of it.
+    ``"rational"`` on the CPU and float64 samples keep it. And where small singular values carry the
+    result, those of float32 samples up to sqrt(n) 1.5e-8 sigma_1 count as zero, which is about what
+    rounding to float32 makes of zeros.
+
     Cost: O(B d n + n^3), n = min(B, d), for value and gradient. Saved for backward: x, one n x n
     matrix, and 2 d + 1 numbers; temporaries of x have at most 2^18 elements on the CPU.
     ``solver="auto"`` picks from measurements (``python -m ses_kernels`` prints them). On CUDA
