@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # What the extension and the environment are made from: a change to any of it installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo mnist lab zoo test bench lint clean
+.PHONY: demo mnist lab zoo test test-minimal bench lint clean
 
 demo: $(VENV)/demo.stamp  ## train on handwritten digits with and without the entropy penalty
 	$(BIN)/python examples/digits.py
@@ -30,6 +30,10 @@ zoo:  ## docs/zoo.md: what is measured of models of torchvision, timm and transf
 # One BLAS thread in each of two workers: small matrices gain nothing from more.
 test: $(VENV)/test.stamp  ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-minimal: $(VENV)/test.stamp  ## ses_kernels as installed without a compiler and without Triton
+	PYTHONPATH=python_tests/minimal OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 --ignore python_tests/lab
 
 bench: $(VENV)/bench.stamp  ## bench/results/<device>.json; BENCH="--budget 0.1 -k ResNet-18" for less
 	$(BIN)/python -m bench $(BENCH)

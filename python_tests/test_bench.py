@@ -23,8 +23,11 @@ from bench.shapes import SHAPES
 from bench.timing import paired, paired_ratios, peak_bytes
 from ses_kernels import __main__ as capabilities
 from ses_kernels import crossover as table
-from ses_kernels import reference
+from ses_kernels import ops, reference
 
+measures_the_extension = pytest.mark.skipif(
+    ops.EXTENSION_MISSING is not None, reason=str(ops.EXTENSION_MISSING)
+)
 ROOT = Path(__file__).parents[1]
 # B < d, B > d, two layers of one n, and a batch.
 LAYERS = [(6, 10), (6, 4), (6, 9)]
@@ -230,6 +233,7 @@ def test_accuracy_command_writes_complete_rows(
     assert all(line.count("|") == 2 + len(accuracy.ROUTES) for line in table)
 
 
+@measures_the_extension
 def test_solvers_measured_agree() -> None:
     x = torch.randn(3, 12, 40)
     x -= x.mean(-2, keepdim=True)
@@ -303,6 +307,7 @@ def test_table_is_as_the_command_writes_it() -> None:
         assert list(rows.values()) == sorted(set(rows.values()))
 
 
+@measures_the_extension
 def test_crossover_command_rewrites_the_rows_of_its_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
