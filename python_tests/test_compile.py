@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import ses_kernels
 from ses_kernels import linalg, metrics, ops
@@ -69,6 +70,29 @@ def test_fullgraph_without_a_gradient(layers):
     xs = [torch.randn(12, 8 + i) for i in range(layers)]
     compiled = torch.compile(ses_kernels.spectral_entropies, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(xs), ses_kernels.spectral_entropies(xs))
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "lowrank", "rank": 1}])
+def test_compiled_transforms_of_torch_func(options):
+    """Right by leaving the graph; never wrong within it."""
+    f = lambda x: ses_kernels.spectral_entropy(x, **options)  # noqa: E731
+    transforms = {
+        "grad": grad(f),
+        "vmap": vmap(f),
+        "vmap of grad": vmap(grad(f)),
+        "jacrev": jacrev(f),
+    }
+    if "rank" not in options:  # no forward mode
+        transforms["jvp"] = lambda x: jvp(f, (x,), (x.cos(),))[1]
+        transforms["hessian"] = hessian(f)
+    for name, transform in transforms.items():
+        x = torch.randn(13, 14) if name in ("grad", "hessian") else torch.randn(3, 13, 14)
+        torch._dynamo.reset()
+        got = torch.compile(transform, backend="aot_eager")(x)
+        torch.testing.assert_close(got, transform(x), msg=name)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="run eagerly"):
+            torch.compile(transform, fullgraph=True, backend="aot_eager")(x)
 
 
 # ---- other tracers: what they may not do is look at a value on the host --------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ses_kernels import entropy, ops, solvers, torch_rows
-from ses_kernels.context import is_transformed, without_autocast
+from ses_kernels.context import break_compiled_transforms, is_transformed, without_autocast
 
 
 class Options(NamedTuple):
@@ -32,6 +32,7 @@ class Options(NamedTuple):
 
 
 def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l, d_l) -> L x (b_l,)
+    break_compiled_transforms()
     compiling = torch.compiler.is_dynamo_compiling()
     if torch.jit.is_tracing() and options.group is None:
         return tuple(_traceable(xs, *options[:5]))

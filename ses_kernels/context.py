@@ -35,3 +35,9 @@ def is_transformed(xs: Iterable[Tensor]) -> bool:
     return torch._C._are_functorch_transforms_active() or any(
         unpack_dual(x).tangent is not None for x in xs
     )
+
+
+def break_compiled_transforms() -> None:
+    """Inside torch.func Dynamo traces a Function without its jvp and vmap: zeros, unannounced."""
+    if torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+        torch._dynamo.graph_break(msg="torch.func transforms of spectral_entropy run eagerly")

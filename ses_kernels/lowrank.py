@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ses_kernels import ops, torch_rows
-from ses_kernels.context import without_autocast
+from ses_kernels.context import break_compiled_transforms, without_autocast
 
 OVERSAMPLING = 8  # directions computed, and used, beyond the rank asked for: q = rank + 8
 _POWER_ITERATIONS = 2
@@ -46,6 +46,7 @@ def apply(
     x: Tensor, rank: int, center: bool, backend: str
 ) -> tuple[Tensor, Tensor]:  # (b, B, d) -> 2 x (b,)
     """H and the bound on its error (b,); rank + OVERSAMPLING < min(B - center, d)."""
+    break_compiled_transforms()
     return LowRankFunction.apply(x, rank, center, backend)[:2]
 
 
