@@ -38,9 +38,10 @@ test-minimal: $(VENV)/test.stamp  ## ses_kernels as installed without a compiler
 bench: $(VENV)/bench.stamp  ## bench/results/<device>.json; BENCH="--budget 0.1 -k ResNet-18" for less
 	$(BIN)/python -m bench $(BENCH)
 
-lint: $(VENV)/test.stamp  ## style of Python and C++
+lint: $(VENV)/test.stamp  ## style of Python and C++, types of ses_kernels
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
 $(VENV)/%.stamp: $(INPUTS)
@@ -50,6 +51,6 @@ $(VENV)/%.stamp: $(INPUTS)
 	touch $@
 
 clean:  ## all that the targets above made
-	rm -rf $(VENV) $(VENV)-zoo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist experiments
+	rm -rf $(VENV) $(VENV)-zoo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist experiments
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find ses_kernels -name '*.so' -delete

@@ -114,7 +114,7 @@ class TransformableFunction(SpectralEntropyFunction):
     """
 
     @staticmethod
-    def forward(options, *xs):
+    def forward(options, *xs):  # type: ignore[override] # no context: setup_context has it
         return _solve(options, *xs)
 
     @staticmethod
@@ -218,6 +218,7 @@ def _hessian_product(options, v, x, m, location, scale) -> Tensor:  # v (b, B, d
         w, q, noise = solvers.singular_spectrum(x, location, scale, side)
     else:
         w, q, noise = solvers.spectrum(solvers.gram(x, location, scale, options), options)
+    assert q is not None  # options.gradient
     scale = scale.to(q.dtype)
     xs = torch_rows.standardize(x, location.to(q.dtype), scale)
     vs = v.to(q.dtype) * scale[:, None, None]

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-_Method = TypeVar("_Method", bound=Callable)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def without_autocast(method: _Method) -> _Method:
+def without_autocast(method: Callable[P, R]) -> Callable[P, R]:
     """Autocast would turn float32 products into half precision. The first tensor has the device."""
 
     @functools.wraps(method)
-    def inner(*args):
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
         # The public questions take the name of a device, which takes 20 us to look up after others
         # have used the caches.
         if torch._C._is_any_autocast_enabled():
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
             if torch.amp.is_autocast_available(device):  # not on the meta device
                 with torch.autocast(device, enabled=False):
-                    return method(*args)
-        return method(*args)
+                    return method(*args, **kwargs)
+        return method(*args, **kwargs)
 
     return inner
 

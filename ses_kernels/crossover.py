@@ -23,6 +23,10 @@ def _wins(table, device_type, dtype, n, batch):
     return any(n <= largest and batch >= least for largest, least in table.get(key, {}).items())
 
 
+MEASURED: dict[str, dict[str, object]]  # by device
+EIGH: dict[tuple[str, torch.dtype], dict[int, int]]
+RATIONAL: dict[tuple[str, torch.dtype], dict[int, int]]
+
 # ---- written by python -m bench.crossover ----
 
 MEASURED = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,32 @@ _SOLVERS = ("auto", "eigh", "rational", "lowrank")
 _BACKENDS = ("auto", "torch", "fused")
 
 
+@overload
+def spectral_entropy(
+    x: Tensor,
+    *,
+    center: bool = ...,
+    power: float = ...,
+    order: float = ...,
+    solver: str = ...,
+    rank: int | None = ...,
+    backend: str = ...,
+    group: torch.distributed.ProcessGroup | None = ...,
+    return_bound: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def spectral_entropy(
+    x: Tensor,
+    *,
+    center: bool = ...,
+    power: float = ...,
+    order: float = ...,
+    solver: str = ...,
+    rank: int | None = ...,
+    backend: str = ...,
+    group: torch.distributed.ProcessGroup | None = ...,
+    return_bound: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def spectral_entropy(
     x: Tensor,
     *,
@@ -118,7 +145,8 @@ def spectral_entropy(
     if return_bound:
         if solver != "lowrank":
             raise ValueError(f'return_bound is for solver="lowrank", got solver={solver!r}')
-        return tuple(v.reshape(x.shape[:-2]) for v in _low_rank(_flat(x), rank, options))
+        entropy, bound = _low_rank(_flat(x), rank, options)
+        return entropy.reshape(x.shape[:-2]), bound.reshape(x.shape[:-2])
     (entropy,) = _flat_entropies([x], rank, options)
     return entropy if x.dim() == 3 else entropy.reshape(x.shape[:-2])
 
@@ -198,8 +226,9 @@ def _flat_entropies(xs: list[Tensor], rank: int | None, options: Options) -> tup
     return tuple(apply(options._replace(group=group), x)[0] for x, group in sharded)
 
 
-def _low_rank(x: Tensor, rank: int, options: Options) -> tuple[Tensor, Tensor]:  # (b, B, d)
+def _low_rank(x: Tensor, rank: int | None, options: Options) -> tuple[Tensor, Tensor]:  # (b, B, d)
     """Entropies and bounds (b,); a rank that would leave no tail gets the exact spectrum."""
+    assert rank is not None  # _options has asked for it
     if rank + lowrank.OVERSAMPLING < min(x.shape[1] - int(options.center), x.shape[2]):
         return lowrank.apply(x, rank, options.center, options.backend)
     (entropy,) = apply(options._replace(solver="eigh"), x)

@@ -9,16 +9,26 @@ precision, NaN, errors, derivatives and cost are those of :func:`ses_kernels.spe
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # of typing from Python 3.11 on
 
 from ses_kernels.checks import check
 from ses_kernels.functional import effective_rank, spectral_entropy
 
 
-def rankme(x: Tensor, **options: Any) -> Tensor:  # (..., B, d) -> (...)
+class Options(TypedDict, total=False):
+    """What no definition fixes."""
+
+    solver: str
+    rank: int | None
+    backend: str
+    group: torch.distributed.ProcessGroup | None
+
+
+def rankme(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., B, d) -> (...)
     r"""RankMe of B embeddings: exp of the entropy of :math:`p_k = \sigma_k / \sum_j \sigma_j`.
 
     The mean is not removed. The published value adds 1e-7 to every p_k to keep log 0 away, which
@@ -30,7 +40,9 @@ def rankme(x: Tensor, **options: Any) -> Tensor:  # (..., B, d) -> (...)
     return effective_rank(x, center=False, power=1, order=1, **options)
 
 
-def vendi_score(x: Tensor, *, order: float = 1.0, **options: Any) -> Tensor:  # (..., B, d) -> (...)
+def vendi_score(
+    x: Tensor, *, order: float = 1.0, **options: Unpack[Options]
+) -> Tensor:  # (..., B, d) -> (...)
     """Vendi score of B samples under cosine similarity: the effective number of distinct ones.
 
     exp of the Renyi entropy of order q = ``order`` of the eigenvalues of K / B, where K_ij is the
@@ -47,7 +59,7 @@ def vendi_score(x: Tensor, *, order: float = 1.0, **options: Any) -> Tensor:  # 
     return effective_rank(_unit_rows(x), center=False, power=2, order=order, **options)
 
 
-def vne(x: Tensor, **options: Any) -> Tensor:  # (..., B, d) -> (...)
+def vne(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., B, d) -> (...)
     """Von Neumann entropy, in nats, of the autocorrelation of B samples.
 
     -tr(C log C), where C is the mean of z z^T over the rows z of x scaled to unit length. It is the
@@ -59,7 +71,7 @@ def vne(x: Tensor, **options: Any) -> Tensor:  # (..., B, d) -> (...)
     return spectral_entropy(_unit_rows(x), center=False, power=2, order=1, **options)
 
 
-def participation_ratio(x: Tensor, **options: Any) -> Tensor:  # (..., B, d) -> (...)
+def participation_ratio(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., B, d) -> (...)
     """(tr C)^2 / tr(C^2), with C the d x d covariance of B samples: a count of its dimensions.
 
     No eigensolver: O(B d min(B, d)). Dtypes, errors and options:
@@ -70,7 +82,7 @@ def participation_ratio(x: Tensor, **options: Any) -> Tensor:  # (..., B, d) -> 
     return effective_rank(x, center=True, power=2, order=2, **options)
 
 
-def stable_rank(w: Tensor, **options: Any) -> Tensor:  # (..., m, n) -> (...)
+def stable_rank(w: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., m, n) -> (...)
     """|W|_F^2 / |W|_2^2 of a weight matrix W, its mean not removed.
 
     Where the largest singular value is multiple, the gradient is that of one of its vectors.

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from ses_kernels import crossover, partial_fractions, torch_rows
 
+EXTENSION_MISSING: str | None = None
 try:
     import ses_kernels._C as _C
 except ImportError as error:
     _C, EXTENSION_MISSING = None, f"the C++ extension cannot be imported ({error})"
-else:
-    EXTENSION_MISSING = None
 
 _library = torch.library.Library("ses_kernels", "DEF")
 

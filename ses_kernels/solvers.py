@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,7 @@ class Solved(NamedTuple):
     scale: Tensor
 
 
-def solve(xs: list[Tensor], options) -> list[Solved]:
+def solve(xs: Sequence[Tensor], options) -> list[Solved]:
     """One call of the rational solver for all tensors, one of an eigensolver for each n."""
     solved: list = [None] * len(xs)
     calls: list[tuple[tuple, list[int]]] = []
@@ -146,9 +147,8 @@ def _solve_stacked(xs, options):
         h, m = _collision(stacked)
     else:
         h, m = from_spectrum(*spectrum(stacked, options), options.power, options.order)
-    if len(grams) == 1:
-        parts = [(h, m)]
-    else:  # unsafe: these become outputs, so no views
+    parts: Iterable[tuple[Tensor, Tensor]] = [(h, m)]
+    if len(grams) > 1:  # unsafe: these become outputs, so no views
         sizes = [k.shape[0] for k in grams]
         parts = zip(*(torch.unsafe_split_with_sizes(t, sizes) for t in (h, m)), strict=True)
     return [
@@ -161,8 +161,8 @@ def _solve_svd(xs, options):
     solved = []
     for x in xs:
         at = locate(x, options)
-        spectrum = singular_spectrum(x, *at, side(x, options), options.gradient)
-        h, m = from_spectrum(*spectrum, options.power, options.order)
+        w, q, noise = singular_spectrum(x, *at, side(x, options), options.gradient)
+        h, m = from_spectrum(w, q, noise, options.power, options.order)
         solved.append(Solved(h, _centered(m, x, options), *at))
     return solved
 
@@ -171,7 +171,7 @@ def _centered(m: Tensor, x: Tensor, options) -> Tensor:
     return torch_rows.double_center(m) if options.gradient and _centers(x, options) else m
 
 
-def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor, float]:
+def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor | None, float]:
     """Eigenvalues (b, n), eigenvectors (b, n, n), and what of them, relative, is rounding.
 
     No eigenvectors, None, where no gradient is wanted.
@@ -185,7 +185,9 @@ def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor, float]:
     return w, q, noise
 
 
-def singular_spectrum(x, location, scale, side, gradient=True):
+def singular_spectrum(
+    x: Tensor, location: Tensor, scale: Tensor, side: str, gradient: bool = True
+) -> tuple[Tensor, Tensor | None, float]:
     """The same from an SVD of x (b, B, d): n eigenvalues and vectors of the side, n = min(B, d)."""
     xs = torch_rows.standardize(x, location, scale)
     if side == "features":
