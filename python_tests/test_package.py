@@ -16,9 +16,10 @@ PACKAGE = ROOT / "ses_kernels"
 # Each file may import those before it; reference.py, another route, imports none of them.
 LAYERS = ["reference", "checks", "context", "kernels.gram", "_C", "rational",
           "partial_fractions", "crossover", "torch_rows", "ops", "lowrank", "distributed",
-          "entropy", "solvers", "autograd", "linalg", "functional", "metrics", "schedules", "blocks",
-          "evidence", "layout", "layers", "pooling", "options", "capture", "regularizer", "integrations.lightning", "integrations.transformers",
-          "__init__", "__main__"]  # fmt: skip
+          "entropy", "solvers", "autograd", "linalg", "functional", "metrics", "schedules",
+          "blocks", "evidence", "layout", "layers", "pooling", "options", "capture", "regularizer",
+          "integrations.lightning", "integrations.transformers", "__init__",
+          "__main__"]  # fmt: skip
 
 
 def imports_of(path):

@@ -40,11 +40,23 @@ class Layer:
         self.seen = False
         self.width: int | None = None
         self.samples: int | None = None
-        self.shape: tuple[int, ...] | None = None  # of its last output
+        self.shape: tuple[int, ...] = ()  # of its last output, () before it
         self.layout: layout.Layout | None = None
         self.mask = ""  # the name of the mask that was used
         self.doubt = ""
         self._decided: tuple = (), None  # what the layout was decided from, and the layout
+
+    def hook(self, regularizer) -> torch.utils.hooks.RemovableHandle:
+        """Puts the hook of a regulariser on the module."""
+        module = self.module()
+        assert module is not None  # it is being hooked
+        if self.takes == "input":
+            return module.register_forward_pre_hook(Input(regularizer, self.key), with_kwargs=True)
+        return module.register_forward_hook(Output(regularizer, self.key), with_kwargs=True)
+
+    def is_training(self) -> bool:
+        module = self.module()
+        return module is not None and module.training
 
     def matrix(self, args, kwargs, output, called: layout.Call | None) -> Tensor:
         """(samples, features) of a call of the module; (heads, samples, features) of its heads."""
@@ -100,6 +112,7 @@ class Layer:
 
     def _weights(self, output) -> Tensor:
         """The attention weights: the last tensor (N, heads, T, T) or (N, T, T) behind the first."""
+        x: Tensor | None
         if self.select is not None or isinstance(output, Tensor):
             x = pooling.select(output, self.select, self.key)
         else:
@@ -133,8 +146,8 @@ class Layer:
 
     def decision(self) -> tuple[tuple[int, ...] | None, str | None, str | None]:
         """Shape of the last output, averaged axes and rule."""
-        if self.shape is None or self.layout is None:
-            return self.shape, None, None if self.shape is None else "pool= is a function"
+        if self.layout is None:
+            return (self.shape, None, "pool= is a function") if self.shape else (None, None, None)
         averaged = self.layout.averaged if self.pool in ("mean", "masked") else ()
         if self.kind == "weights":
             averaged = (len(self.shape) - 2,)
@@ -255,7 +268,9 @@ class Passes:
         """Of the weights and their gradients: another one after a step or a backward pass."""
         p = None if self._parameter is None else self._parameter()
         if p is None:
-            p = next((p for p in self._root().parameters() if p.requires_grad), None)
+            root = self._root()
+            found = () if root is None else root.parameters()
+            p = next((p for p in found if p.requires_grad), None)
             if p is None:
                 return None
             self._parameter = weakref.ref(p)

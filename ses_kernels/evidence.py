@@ -50,35 +50,36 @@ def _parts(module: nn.Module) -> Iterable[nn.Module]:
 
 def _leaf(module: nn.Module) -> Evidence | None:
     """A layer whose type tells where its features are, or one with parameters that do not tell."""
-    kind = type(module).__name__
+
+    def leaf(side: str | None, *widths: int, dims: int | None = None) -> Evidence:
+        of_maps = frozenset() if dims is None else frozenset({dims})
+        return Evidence(side, of_maps, frozenset(widths), is_leaf=True, why=type(module).__name__)
+
     if isinstance(module, nn.modules.conv._ConvNd):
-        dims, width = frozenset({len(module.kernel_size) + 2}), module.out_channels
-        return Evidence("first", dims, frozenset({width}), is_leaf=True, why=kind)
+        return leaf("first", module.out_channels, dims=len(module.kernel_size) + 2)
     if isinstance(module, nn.modules.batchnorm._NormBase):  # batch and instance norm
-        return Evidence("first", widths=frozenset({module.num_features}), is_leaf=True, why=kind)
-    if type(module).forward is nn.GroupNorm.forward:
-        return Evidence("first", widths=frozenset({module.num_channels}), is_leaf=True, why=kind)
+        return leaf("first", module.num_features)
+    if isinstance(module, nn.GroupNorm):
+        same = type(module).forward is nn.GroupNorm.forward
+        return leaf("first" if same else None, module.num_channels)
     for channels_first, dims in _CHANNELS_FIRST.items():
         if isinstance(module, channels_first):
-            return Evidence("first", frozenset({dims} if dims else ()), is_leaf=True, why=kind)
+            return leaf("first", dims=dims)
     if isinstance(module, nn.MultiheadAttention):
-        return Evidence("last", widths=frozenset({module.embed_dim}), is_leaf=True, why=kind)
+        return leaf("last", module.embed_dim)
     if isinstance(module, nn.RNNBase):
-        width = (module.proj_size or module.hidden_size) * (1 + module.bidirectional)
-        return Evidence("last", widths=frozenset({width}), is_leaf=True, why=kind)
+        return leaf("last", (module.proj_size or module.hidden_size) * (1 + module.bidirectional))
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return Evidence("last", widths=frozenset({module.embedding_dim}), is_leaf=True, why=kind)
+        return leaf("last", module.embedding_dim)
     if is_map(module):
         width = getattr(module, "out_features", getattr(module, "nf", None))
-        widths = frozenset({width} if width else ())
-        return Evidence("last", widths=widths, is_leaf=True, why=kind)
+        return leaf("last", *((width,) if isinstance(width, int) else ()))
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        width = frozenset({module.normalized_shape[-1]})
         same = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
-        return Evidence("last" if same else None, widths=width, is_leaf=True, why=kind)
+        return leaf("last" if same else None, module.normalized_shape[-1])
     vectors = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 1]
     if vectors and not list(module.children()):  # a norm or a scale of someone's own
-        return Evidence(widths=frozenset(vectors), why=kind)
+        return Evidence(widths=frozenset(vectors), why=type(module).__name__)
     return None
 
 
@@ -96,35 +97,32 @@ def _neighbour(name: str, modules: Mapping[str, nn.Module]) -> Evidence:
     names = list(modules)
     here = names.index(name)
     inside = sum(other.startswith(f"{name}.") for other in names)
-    before = (
-        n
-        for n in reversed(names[:here])
-        if n and not name.startswith(f"{n}.") and _leaf(modules[n])
-    )
-    after = (n for n in names[here + 1 + inside :] if _leaf(modules[n]))
-    for which, found in ("after", next(before, None)), ("before", next(after, None)):
-        if found is not None:
-            leaf = _leaf(modules[found])
-            why = f"{which} {found}, {type(modules[found]).__name__}"
-            return leaf._replace(is_leaf=False, why=why)
+    before = [n for n in reversed(names[:here]) if n and not name.startswith(f"{n}.")]
+    for which, near in ("after", before), ("before", names[here + 1 + inside :]):
+        for other in near:
+            if leaf := _leaf(modules[other]):
+                why = f"{which} {other}, {type(modules[other]).__name__}"
+                return leaf._replace(is_leaf=False, why=why)
     return Evidence()
 
 
-def _batch_first(name: str, modules: Mapping[str, nn.Module]) -> tuple[bool | None, ...]:
+def _batch_first(
+    name: str, modules: Mapping[str, nn.Module]
+) -> tuple[bool | None, bool | None, bool | None]:
     """What it declares itself, what its parts or its block declare, what is declared far off."""
 
     def declared(prefix: str) -> bool | None:
-        values = {
-            module.batch_first
-            for other, module in modules.items()
-            if (not prefix or other == prefix or other.startswith(f"{prefix}."))
-            and isinstance(getattr(module, "batch_first", None), bool)
-        }
+        inside = [n for n in modules if not prefix or n == prefix or n.startswith(f"{prefix}.")]
+        values = {value for n in inside if (value := _declares(modules[n])) is not None}
         return values.pop() if len(values) == 1 else None
 
-    own = getattr(modules[name], "batch_first", None)
     near, parent = declared(name) if name else None, name
     while near is None and "." in parent:
         parent = parent.rpartition(".")[0]
         near = declared(parent) if parent in modules else None
-    return own if isinstance(own, bool) else None, near, declared("")
+    return _declares(modules[name]), near, declared("")
+
+
+def _declares(module: nn.Module) -> bool | None:
+    value = getattr(module, "batch_first", None)
+    return value if isinstance(value, bool) else None

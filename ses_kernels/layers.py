@@ -45,8 +45,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             )
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
         else:
             return model
 
@@ -69,8 +69,8 @@ def find(modules: dict[str, nn.Module], layers: Layers, last: int | None) -> lis
 
     Names, globs, types and predicates are one target together. ValueError where nothing is found.
     """
-    single = isinstance(layers, str) or not isinstance(layers, Sequence)
-    wanted = [layers] if single else list(layers)
+    several = isinstance(layers, Sequence) and not isinstance(layers, str)
+    wanted: list = list(layers) if several else [layers]  # type: ignore[arg-type]
     if not wanted:
         raise ValueError("layers= is empty; None means the default layers")
     found: list[Hook] = []

@@ -146,6 +146,7 @@ def _features(shape, known: Evidence, name, input_shape, option, graph) -> tuple
     # The axis of its type is not as wide as its layers, the other is: a permuted output, or a
     # concatenation beside a space that happens to be as wide.
     square = _square(shape)
+    came = _square(input_shape) if input_shape is not None and len(input_shape) == dims else None
     if side is not None and not known.is_leaf:
         if square == side:
             return axes[side], f"features of {known.why}, square space", ""
@@ -155,8 +156,8 @@ def _features(shape, known: Evidence, name, input_shape, option, graph) -> tuple
         return axes[fits[0]], f"the axis as wide as {known.why}", ""
     elif square is not None and known.widths:
         return axes[square], "square space", ""
-    elif input_shape is not None and len(input_shape) == dims and _square(input_shape) is not None:
-        return axes[_square(input_shape)], "the layout of its input, square space", ""
+    elif came is not None:
+        return axes[came], "the layout of its input, square space", ""
     if side is None and not known.widths:
         which = "last" if dims == 3 else "first"
         words = "tokens (N, T, D)" if dims == 3 else "maps (N, C, *space)"
@@ -177,7 +178,7 @@ def _features(shape, known: Evidence, name, input_shape, option, graph) -> tuple
 def _by_graph(graph, dims: int) -> int | None:
     """The axis of the features, from the last layer in the graph, through what moves axes."""
     waiting: list[tuple[torch.autograd.graph.Node, list[int]]] = [(graph, list(range(dims)))]
-    seen = set()
+    seen: set[torch.autograd.graph.Node] = set()
     for node, axes in waiting:  # axes of what the node puts out, as axes of the output
         kind = type(node).__name__.removesuffix("0").removesuffix("Backward")
         if node in seen or len(seen) > 100:
@@ -191,10 +192,10 @@ def _by_graph(graph, dims: int) -> int | None:
             return axes[-1]
         if kind == "Permute":
             # Axis i of what a permutation puts out was axis dims[i].
-            moved = [d % dims for d in node._saved_dims]
+            moved = [_signed(d) % dims for d in _saved(node, "dims")]
             axes = [axes[moved.index(i)] for i in range(dims)]
         elif kind == "Transpose":
-            a, b = (_signed(d) % dims for d in (node._saved_dim0, node._saved_dim1))
+            a, b = (_signed(_saved(node, f"dim{i}")) % dims for i in (0, 1))
             axes = list(axes)
             axes[a], axes[b] = axes[b], axes[a]
         elif kind not in _KEEP_AXES:
@@ -228,6 +229,10 @@ _KEEP_AXES = frozenset(
         "AvgPool2D",
     ]
 )
+
+
+def _saved(node: torch.autograd.graph.Node, name: str):
+    return getattr(node, f"_saved_{name}")
 
 
 def _signed(axis: int) -> int:

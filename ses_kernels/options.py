@@ -39,7 +39,11 @@ def number(option: str, value: Number) -> Number:
 
 def at(value: Number, step: int, option: str) -> float:
     """The number at a step."""
-    return number(option, value(step)) if callable(value) else value
+    if not callable(value):
+        return value
+    now = value(step)
+    number(option, now)
+    return now
 
 
 def per_layer(option: str, value, names, default) -> dict:
@@ -58,8 +62,9 @@ def written(value: Number):
     """A number or a schedule as a checkpoint can have it; None for a function of someone's own."""
     if not callable(value):
         return value
-    name = type(value).__name__
-    return {name: asdict(value)} if isinstance(value, tuple(_SCHEDULES.values())) else None
+    if isinstance(value, (schedules.Linear, schedules.Cosine, schedules.Steps)):
+        return {type(value).__name__: asdict(value)}
+    return None
 
 
 def read(value) -> Number:

@@ -155,6 +155,7 @@ def pool(x: Tensor, how: Pool, layout: Layout | None, mask: Tensor | None, layer
     """
     if callable(how):
         return _by_function(x, how, layer)
+    assert layout is not None
     y = x.movedim((layout.batch, layout.features), (0, -1))  # (N windows, *positions, D)
     if how in ("none", "tokens"):
         if how == "tokens" and x.dim() != 3:

@@ -190,24 +190,14 @@ class SESRegularizer:
         self._attach(root, modules)
 
     def _attach(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
-        pre = root.register_forward_pre_hook
-        self._handles = [pre(capture.Begin(self, ""), with_kwargs=True)]
+        self._handles = [root.register_forward_pre_hook(capture.Begin(self, ""), with_kwargs=True)]
         names = {layer.name for layer in self._layers.values()}
         for name, module in modules.items():  # parts of the model may be called on their own
             if name and any(other.startswith(f"{name}.") for other in names):
-                hook = module.register_forward_pre_hook
-                self._handles.append(hook(capture.Begin(self, name), with_kwargs=True))
+                begin = capture.Begin(self, name)
+                self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         for layer in self._layers.values():
-            module = layer.module()
-            if layer.takes == "input":
-                hook = module.register_forward_pre_hook(
-                    capture.Input(self, layer.key), with_kwargs=True
-                )
-            else:
-                hook = module.register_forward_hook(
-                    capture.Output(self, layer.key), with_kwargs=True
-                )
-            self._handles.append(hook)
+            self._handles.append(layer.hook(self))
 
     # ---- in the forward pass ----
 
@@ -260,7 +250,7 @@ class SESRegularizer:
         return self._penalty(features, step)
 
     # Dynamo would specialise the graph on the step number.
-    loss._torchdynamo_disable = True
+    loss._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def _check_that_all_ran(self, features: list[capture.Entry]) -> None:
         ran = {key for key, _ in features}
@@ -277,7 +267,7 @@ class SESRegularizer:
         weights = (
             f". {capture.HOW_TO_GET_WEIGHTS}" if any(a.kind == "weights" for a in absent) else ""
         )
-        never = [layer for layer in absent if layer.module().training and not layer.seen]
+        never = [layer for layer in absent if layer.is_training() and not layer.seen]
         first = not any(layer.seen for layer in self._layers.values())
         if not features:
             raise RuntimeError(
@@ -303,13 +293,14 @@ class SESRegularizer:
 
     def _lost(self, absent: list[capture.Layer]) -> list[str]:
         """The names at which the model has another module, or none, by now."""
-        present = {id(module) for module in self._root().modules()}
+        root = self._root()
+        present = set() if root is None else {id(module) for module in root.modules()}
         return [layer.key for layer in absent if id(layer.module()) not in present]
 
     def _penalty(self, features: list[capture.Entry], step: int) -> Tensor:
         weight = options.at(self.lambda_ses, step, "lambda_ses")
         if not weight:
-            features = [(key, x.detach()) for key, x in features]
+            features = [entry._replace(matrix=entry.matrix.detach()) for entry in features]
         doubts = [layer for layer in self._layers.values() if layer.doubt]
         if doubts:
             more = ", ".join(layer.key for layer in doubts[1:])
@@ -338,7 +329,7 @@ class SESRegularizer:
             self._measured.append((list(keys), entropies.detach()))
             layers = [self._layers[key] for key in keys]
             distance = entropies
-            units = [math.log(layer.width) for layer in layers]
+            units = [math.log(layer.width or 1) for layer in layers]
             for scale, unit in self._sum("beta", layers, units, entropies, step):
                 distance = torch.sub(distance, unit, alpha=scale)  # H - beta log d
             units = [1 / calls[key] for key in keys]
@@ -354,11 +345,12 @@ class SESRegularizer:
         """Widths of the layers; warnings, once each, where a layer cannot be what is wanted."""
         ranks = 1 if self._group is None else torch.distributed.get_world_size(self._group)
         fresh = []
-        for key, x in features:
+        for entry in features:
+            key, x = entry
             layer = self._layers[key]
             samples, width = ranks * x.shape[-2], x.shape[-1]
             if layer.width is None:
-                fresh.append((key, x))
+                fresh.append(entry)
             new, layer.width, layer.samples = layer.width is None, width, samples
             needed = width ** options.at(layer.beta, step, "beta")
             if new and min(samples - 1, width) < needed:
@@ -369,7 +361,7 @@ class SESRegularizer:
                     f"{math.ceil(needed) + 1} samples would do",
                     stacklevel=5,
                 )
-        self._look_for_variance([(key, x) for key, x in fresh if x.shape[-2] > 1])
+        self._look_for_variance([entry for entry in fresh if entry.matrix.shape[-2] > 1])
         if fresh and _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s", self.summary())
 
@@ -381,8 +373,8 @@ class SESRegularizer:
             if x.device.type != "meta":
                 x = x.float() if x.dtype != torch.float64 else x
                 facts.append((key, (x - x[..., :1, :]).abs().amax(), x.abs().amax()))
-        for key, spread, size in facts:
-            spread, size = spread.tolist(), size.tolist()
+        for key, *numbers in facts:
+            spread, size = map(float, torch.stack(numbers).tolist())
             if spread <= 8 * torch.finfo(torch.float32).eps * size:
                 self._once.say(
                     f"variance {key}",
@@ -401,7 +393,7 @@ class SESRegularizer:
         """
         values = [getattr(layer, option) for layer in layers]
         numbers = {value for value in values if not callable(value)}
-        vectors: dict[object, list[float]] = {}
+        vectors: dict[Number | None, list[float]] = {}
         for i, (value, unit) in enumerate(zip(values, units, strict=True)):
             one = callable(value) or len(numbers) == 1
             vector = vectors.setdefault(value if one else None, [0.0] * len(values))
@@ -425,10 +417,9 @@ class SESRegularizer:
         root = self._root()
         if root is None or not self._handles:
             return False
-        modules = [layer.module() for layer in self._layers.values()]
-        return any(m.training for m in modules if m is not None) or (
-            root.training and any(m is None for m in modules)
-        )
+        layers = self._layers.values()
+        lost = any(layer.module() is None for layer in layers)
+        return any(layer.is_training() for layer in layers) or (root.training and lost)
 
     def _count(self, step: int) -> None:
         self._step = step
@@ -548,19 +539,21 @@ class SESRegularizer:
         """A table of :meth:`rows`: d features of N samples, from an output of that shape, averaged
         over these axes, and the rule by which that was decided.
         """
-        table = [Row._fields]
+        table: list[tuple[str, ...]] = [Row._fields]
         for row in self.rows():
-            target = None if row.target is None else f"{row.target:.3f}"
-            row = row._replace(beta=f"{row.beta:g}", target=target, alpha=f"{row.alpha:g}")
-            table.append(["?" if cell is None else str(cell) for cell in row])
+            written = row._asdict()
+            written |= {option: f"{written[option]:g}" for option in ("beta", "alpha")}
+            if row.target is not None:
+                written["target"] = f"{row.target:.3f}"
+            table.append(tuple("?" if cell is None else str(cell) for cell in written.values()))
         sizes = [max(map(len, column)) for column in zip(*table, strict=True)]
         numbers = range(2, 7)
         return "\n".join(
             "  ".join(
                 cell.rjust(size) if i in numbers else cell.ljust(size)
-                for i, (cell, size) in enumerate(zip(row, sizes, strict=True))
+                for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))
             ).rstrip()
-            for row in table
+            for cells in table
         )
 
     @contextlib.contextmanager
