@@ -84,7 +84,7 @@ template <int kTile>
 SES_DEVICE_INLINE void read_row(const Matrix& k, int i, int j, float* x) {
   const float* from = k.gram + i * k.n + j;
   const bool inside = i < k.n && j + kTile <= k.n;
-  if (inside && reinterpret_cast<size_t>(from) % kAlignment<kTile> == 0) {
+  if (inside && reinterpret_cast<size_t>(from) % alignof(Vector<kTile>) == 0) {
     copy<kTile>(from, x);
   } else {
     SES_UNROLL

@@ -80,24 +80,24 @@ SES_DEVICE_INLINE Tile<kTile> tile_at(int t) {
   return tile;
 }
 
-// Floats that move at once, and their alignment.
+// Floats that move at once. An aligned struct, which nvcc 11.8, 12.4 and 13.0 all copy by one
+// instruction: __builtin_memcpy the first of them takes apart into bytes. It stands for floats of
+// any array, hence may_alias.
 template <int kTile>
 constexpr int kVector = kTile % 4 == 0   ? 4
                         : kTile % 2 == 0 ? 2
                                          : 1;
 template <int kTile>
-constexpr size_t kAlignment = kVector<kTile> * sizeof(float);
+struct alignas(kVector<kTile> * sizeof(float)) [[gnu::may_alias]] Vector {
+  float at[kVector<kTile>];
+};
 
 // kTile floats from and to memory of that alignment.
 template <int kTile>
 SES_DEVICE_INLINE void copy(const float* from, float* to) {
   SES_UNROLL
-  for (int c = 0; c < kTile; c += kVector<kTile>) {
-    void* target = to + c;
-    const void* source = from + c;
-    __builtin_memcpy(__builtin_assume_aligned(target, kAlignment<kTile>),
-                     __builtin_assume_aligned(source, kAlignment<kTile>), kAlignment<kTile>);
-  }
+  for (int c = 0; c < kTile; c += kVector<kTile>)
+    *reinterpret_cast<Vector<kTile>*>(to + c) = *reinterpret_cast<const Vector<kTile>*>(from + c);
 }
 
 // x, but the compiler computes addresses made of it again rather than keep them in registers.
@@ -237,7 +237,10 @@ SES_DEVICE_INLINE void invert(const Group& group, Tile<kTile> (&tile)[kSlots], i
         for (int s = 0; s < kSlots; ++s) {
           if (s < slots) {
             const RankOne<kTile> update(tile[s], r, inverse);
-            // The next pivot row first: the rest hides its way to the other threads.
+            // The next pivot row depends on none of the rest, which may thus hide its way to the
+            // other threads. How far is the compiler's choice: nvcc 13.0 puts two thirds of all
+            // multiply-adds before the first store, and in a model of the pipeline of sm_75 a
+            // fixed order was no faster.
             SES_UNROLL
             for (int i = 0; i < kTile; ++i) {
               update.apply(tile[s], next, i);

@@ -205,6 +205,24 @@ def test_cuda_compiles_for_every_gpu_without_spills(source, tmp_path):
     assert all(stack == stores == loads == "0" for _, _, stack, stores, loads, *_ in entries)
 
 
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)
+def test_no_cuda_kernel_moves_single_bytes(source, tmp_path):
+    """A copy whose alignment the compiler has lost: right, and several times slower."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    ptx = tmp_path / "code.ptx"
+    result = run(nvcc, "-std=c++17", "-O3", "-arch=compute_75", "-ptx", source, "-o", ptx)
+    assert result.returncode == 0, result.stderr[-4000:]
+    accesses = re.findall(r"^\s*((?:ld|st)\.\S+)", ptx.read_text(), re.M)
+    memory = [access for access in accesses if not access.startswith("ld.param")]
+    assert memory
+    assert not [access for access in memory if access.endswith("8")]
+    if source.name == "rational_cuda.cu":  # the others index single entries
+        for space in ("global", "shared"):
+            assert {f"ld.{space}.v4.f32", f"st.{space}.v4.f32"} <= set(memory)
+
+
 def test_no_torch_header():
     for path in SOURCES:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path.name
