@@ -18,18 +18,18 @@ using sweep::Table;
 
 constexpr std::size_t kDefaultSharedBytes = 48 << 10;
 
-// Groups in a block: several warps, or the block itself.
-template <typename Method>
-constexpr int kGroups = Method::kThreads == 32 ? 4 : 1;
+// A block runs a task, or each of its warps one.
+template <bool kByWarp>
+constexpr int kGroups = kByWarp ? 4 : 1;
 
 extern __shared__ __align__(16) float shared_floats[];
 
 // Which task is this group's, in which shared memory; calls run(group, task, shared).
-template <typename Method, typename Run>
+template <bool kByWarp, typename Run>
 __device__ __forceinline__ void run_task(int tasks, int floats, const Run& run) {
-  if constexpr (kGroups<Method> > 1) {
+  if constexpr (kByWarp) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int task = static_cast<int>(blockIdx.x) * kGroups<Method> + warp;
+    const int task = static_cast<int>(blockIdx.x) * kGroups<true> + warp;
     if (task < tasks) run(WarpGroup(), task, shared_floats + warp * floats);
   } else {
     run(BlockGroup(), static_cast<int>(blockIdx.x), shared_floats);
@@ -38,62 +38,82 @@ __device__ __forceinline__ void run_task(int tasks, int floats, const Run& run) 
 
 // One block a multiprocessor is the bound that lets the compiler use all registers.
 template <typename Method>
-__global__ void __launch_bounds__(kGroups<Method>* Method::kThreads, 1)
+__global__ void __launch_bounds__(kGroups<Method::kByWarp>* Method::kThreads, 1)
     rational_sweep(const __grid_constant__ Table table, int tasks, bool retry) {
-  run_task<Method>(tasks, Method::kSweepFloats, [&](const auto& group, int task, float* shared) {
-    sweep::sweep_task<Method, 1>(group, table, retry, task, shared);
-  });
+  run_task<Method::kByWarp>(tasks, Method::kSweepFloats,
+                            [&](const auto& group, int task, float* shared) {
+                              sweep::sweep_task<Method, 1>(group, table, retry, task, shared);
+                            });
 }
 
-template <typename Method>
-__global__ void __launch_bounds__(kGroups<Method>* Method::kThreads)
+template <int kTile, bool kByWarp>
+__global__ void __launch_bounds__(kByWarp ? kGroups<true> * 32 : sweep::kCloseThreads)
     rational_close(const __grid_constant__ Table table, int tasks) {
-  run_task<Method>(tasks, sweep::kCloseFloats, [&](const auto& group, int task, float* shared) {
-    sweep::close_task<Method>(group, table, task, shared);
+  run_task<kByWarp>(tasks, sweep::kCloseFloats, [&](const auto& group, int task, float* shared) {
+    sweep::close_task<kTile>(group, table, task, shared);
   });
 }
 
-template <typename Method>
-__global__ void __launch_bounds__(kGroups<Method>* Method::kThreads)
+template <bool kByWarp>
+__global__ void __launch_bounds__(kByWarp ? kGroups<true> * 32 : sweep::kCloseThreads)
     rational_center(const __grid_constant__ Table table, int tasks) {
-  run_task<Method>(tasks, sweep::kCloseFloats, [&](const auto& group, int task, float* shared) {
+  run_task<kByWarp>(tasks, sweep::kCloseFloats, [&](const auto& group, int task, float* shared) {
     sweep::center_task(group, table, task, shared);
   });
 }
 
-template <typename Method, typename... Arguments>
-void enqueue(void (*kernel)(Table, int, Arguments...), const Launch& launch, int tasks, int floats,
-             cudaStream_t stream, Arguments... arguments) {
-  const auto blocks = static_cast<unsigned>((tasks + kGroups<Method> - 1) / kGroups<Method>);
-  const std::size_t bytes = kGroups<Method> * static_cast<std::size_t>(floats) * sizeof(float);
+// `threads` are those of one task.
+template <bool kByWarp, typename... Arguments>
+void enqueue(void (*kernel)(Table, int, Arguments...), const Table& table, int tasks, int threads,
+             int floats, cudaStream_t stream, Arguments... arguments) {
+  constexpr int kTasks = kGroups<kByWarp>;  // of a block
+  const auto blocks = static_cast<unsigned>((tasks + kTasks - 1) / kTasks);
+  const std::size_t bytes = kTasks * static_cast<std::size_t>(floats) * sizeof(float);
   if (bytes > kDefaultSharedBytes)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(bytes)),
           "rational_cuda: shared memory");
-  kernel<<<blocks, kGroups<Method> * launch.group_threads, bytes, stream>>>(launch.table, tasks,
-                                                                            arguments...);
+  kernel<<<blocks, kTasks * threads, bytes, stream>>>(table, tasks, arguments...);
   check(cudaPeekAtLastError(), "rational_cuda: launch");
+}
+
+template <int kTile, bool kByWarp>
+void enqueue_closes(const Launch& launch, cudaStream_t stream) {
+  const int tasks = launch.closes, threads = launch.close_threads;
+  enqueue<kByWarp>(rational_close<kTile, kByWarp>, launch.table, tasks, threads,
+                   sweep::kCloseFloats, stream);
+  if (launch.center)
+    enqueue<kByWarp>(rational_center<kByWarp>, launch.table, tasks, threads, sweep::kCloseFloats,
+                     stream);
 }
 
 template <typename Method>
 void enqueue_all(const Launch& launch, cudaStream_t stream) {
-  constexpr int kSweep = Method::kSweepFloats, kClose = sweep::kCloseFloats;
-  enqueue<Method>(rational_sweep<Method>, launch, launch.sweeps, kSweep, stream, false);
-  enqueue<Method>(rational_sweep<Method>, launch, launch.retries, kSweep, stream, true);
-  enqueue<Method>(rational_close<Method>, launch, launch.closes, kClose, stream);
-  if (launch.center)
-    enqueue<Method>(rational_center<Method>, launch, launch.closes, kClose, stream);
+  for (const bool retry : {false, true})
+    enqueue<Method::kByWarp>(rational_sweep<Method>, launch.table,
+                             retry ? launch.retries : launch.sweeps, launch.sweep_threads,
+                             Method::kSweepFloats, stream, retry);
+  if constexpr (Method::kByWarp) {
+    if (launch.close_threads == 32) return enqueue_closes<Method::kTile, true>(launch, stream);
+  }
+  enqueue_closes<Method::kTile, false>(launch, stream);
 }
 
 // Also loads the kernels, which a later call under graph capture then need not do.
-template <typename Method>
-bool has_kernels() {
+template <typename... Kernel>
+bool has_kernels(Kernel*... kernel) {
   cudaFuncAttributes attributes{};
-  const bool found = cudaFuncGetAttributes(&attributes, rational_sweep<Method>) == cudaSuccess &&
-                     cudaFuncGetAttributes(&attributes, rational_close<Method>) == cudaSuccess &&
-                     cudaFuncGetAttributes(&attributes, rational_center<Method>) == cudaSuccess;
+  const bool found = ((cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) && ...);
   if (!found) cudaGetLastError();
   return found;
+}
+
+template <typename Method>
+bool has_kernels_of() {
+  constexpr bool kByWarp = Method::kByWarp;
+  return has_kernels(rational_sweep<Method>, rational_close<Method::kTile, false>,
+                     rational_close<Method::kTile, kByWarp>, rational_center<false>,
+                     rational_center<kByWarp>);
 }
 
 // 0 where the kernels cannot run.
@@ -105,7 +125,7 @@ int query_processors(int device) {
   }
   DeviceGuard guard(device);
   for (int i = 0; i < sweep::kMethods; ++i)
-    if (!sweep::with_method(i, [](auto method) { return has_kernels<decltype(method)>(); }))
+    if (!sweep::with_method(i, [](auto method) { return has_kernels_of<decltype(method)>(); }))
       return 0;
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),

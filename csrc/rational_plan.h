@@ -23,8 +23,10 @@ using Large = Method<12, false, 256, 256>;
 using Huge = Method<12, true, 512, 256>;
 constexpr int kMethods = 4;
 
-// Threads that a multiprocessor runs at 180 to 250 registers each, to count waves of tasks.
+// Threads that a multiprocessor runs at 180 to 250 registers each, and at 64, to count waves of
+// tasks.
 constexpr int kResidentThreads = 256;
+constexpr int kResidentCloseThreads = 1024;
 
 // Calls use(Method()) with the method of that number, the smallest first.
 template <typename Use>
@@ -46,9 +48,10 @@ inline int method_for(int n) {
 }
 
 struct Launch {
-  int method, group_threads;
-  int sweeps, retries, closes;  // tasks
-  bool center;                  // as many tasks as to close
+  int method;
+  int sweep_threads, close_threads;  // of one task
+  int sweeps, retries, closes;       // tasks
+  bool center;                       // as many tasks as to close
   Table table;
 };
 
@@ -75,7 +78,7 @@ inline Launch make_launch(const std::vector<GramLayer<float, float>>& layers, in
                           const Poles& poles, int processors, Workspace& workspace) {
   Launch launch{};
   launch.method = method;
-  launch.group_threads = with_method(method, [&](auto m) {
+  launch.sweep_threads = with_method(method, [&](auto m) {
     return m.kPacked ? m.kThreads : (tile_count<m.kTile>(layers[0].n) + 31) / 32 * 32;
   });
 
@@ -96,7 +99,7 @@ inline Launch make_launch(const std::vector<GramLayer<float, float>>& layers, in
   for (const auto& layer : layers) matrices += layer.batch;
   // A task for each pole, or fewer where two waves of tasks fill the device already: partial sums
   // then take less memory.
-  const long enough = 2L * processors * (kResidentThreads / launch.group_threads);
+  const long enough = 2L * processors * (kResidentThreads / launch.sweep_threads);
   table.splits = 1;
   while (table.splits < poles.count &&
          (poles.count % table.splits != 0 || matrices * table.splits < enough))
@@ -136,6 +139,11 @@ inline Launch make_launch(const std::vector<GramLayer<float, float>>& layers, in
   launch.sweeps = static_cast<int>(sweeps);
   launch.retries = static_cast<int>(matrices);
   launch.closes = static_cast<int>(closes);
+  // A warp alone waits for the L2 cache at every entry, and the warps of a block hide that. Beyond
+  // two waves of blocks other tasks do, and a small matrix has no work for so many lanes.
+  const long few = 2L * processors * (kResidentCloseThreads / kCloseThreads);
+  const bool by_warp = with_method(method, [](auto m) { return m.kByWarp; });
+  launch.close_threads = by_warp && closes > few ? 32 : kCloseThreads;
   return launch;
 }
 

@@ -126,14 +126,16 @@ struct Sums {
 
 constexpr int kPitch = kBlock + 1;  // of a block in shared memory: no bank conflict in a column
 
-// Shared memory of close_task and center_task.
+// Shared memory of close_task and center_task, and the threads of a block that runs them.
 constexpr int kCloseFloats = kBlock * kPitch;
+constexpr int kCloseThreads = 256;
 
 template <int kTile_, bool kPacked_, int kMaxN_, int kMaxThreads_>
 struct Method {
   static constexpr int kTile = kTile_;
   static constexpr bool kPacked = kPacked_;  // in memory; otherwise in registers, a tile a thread
   static constexpr int kSide = kMaxN_, kThreads = kMaxThreads_;
+  static constexpr bool kByWarp = kThreads == 32;  // a warp sweeps it, not a block
   // Shared memory of sweep_task.
   static constexpr int kSweepFloats = kPacked ? kInvertPackedFloats<kTile_> : kInvertFloats<kTile_>;
 
@@ -297,7 +299,7 @@ SES_DEVICE_INLINE void write_m(const Group& group, const Matrix& k, float total,
   }
 }
 
-template <typename Method, typename Group>
+template <int kTile, typename Group>
 SES_DEVICE_INLINE void close_task(const Group& group, const Table& table, int index,
                                   float* shared) {
   const Layer& layer = find_layer(table, kClose, index);
@@ -319,8 +321,8 @@ SES_DEVICE_INLINE void close_task(const Group& group, const Table& table, int in
   const int side = blocks_a_side(n);
   float* sums = layer.sums == nullptr ? nullptr : layer.sums + static_cast<long>(matrix) * side * n;
   if (usable(k.trace) && isfinite(total)) {
-    const float* slices = layer.slices + slot * packed_size<Method::kTile>(n);
-    write_m<Method::kTile>(group, k, total, slices, splits, chunk, layer.chunks, m, sums, shared);
+    const float* slices = layer.slices + slot * packed_size<kTile>(n);
+    write_m<kTile>(group, k, total, slices, splits, chunk, layer.chunks, m, sums, shared);
   } else {
     const int start = chunk * group.num_threads() + group.thread_rank();
     const int step = group.num_threads() * layer.chunks;

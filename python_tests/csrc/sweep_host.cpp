@@ -49,7 +49,7 @@ void run_tasks(const Group& group, const Launch& launch, float* shared) {
       ses::sweep::sweep_task<Method, kSlots>(group, launch.table, retry, task, shared);
     });
   each(launch.closes, ses::sweep::kCloseFloats,
-       [&](int task) { ses::sweep::close_task<Method>(group, launch.table, task, shared); });
+       [&](int task) { ses::sweep::close_task<Method::kTile>(group, launch.table, task, shared); });
   each(launch.center ? launch.closes : 0, ses::sweep::kCloseFloats,
        [&](int task) { ses::sweep::center_task(group, launch.table, task, shared); });
 }
@@ -221,6 +221,23 @@ void layers_agree() {
     if (!same(more[i].m, large.m)) fail("many layers", 5, 2, 0);
 }
 
+// A block closes a matrix, unless it is a small one of so many that warps fill the device.
+void closes_are_planned() {
+  const auto threads_to_close = [](int n, long batch) {
+    float x = 0;
+    const GramLayer<float, float> layer{&x, &x, &x, batch, n};
+    std::size_t floats = 0;
+    const auto launches = ses::sweep::plan(&layer, 1, kPoles, nullptr, 64, &floats);
+    if (launches.size() != 1) fail("one layer takes one launch", n, -1, 0);
+    return launches[0].close_threads;
+  };
+  for (const int n : {1, 32, 33, 64, 65, 256, 512}) {
+    if (threads_to_close(n, 1) != ses::sweep::kCloseThreads) fail("one matrix", n, -1, 0);
+    if (threads_to_close(n, 10000) != (n <= 64 ? 32 : ses::sweep::kCloseThreads))
+      fail("many matrices", n, -1, 0);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -229,5 +246,6 @@ int main() {
       if (n <= ses::sweep::side_of(method)) threads_agree(n, method, n < 10 ? kFamilies : 2);
   for (const int n : {1, 12, 13, 24, 25, 60}) methods_agree(n);
   layers_agree();
+  closes_are_planned();
   std::puts("ok");
 }
