@@ -7,7 +7,8 @@
 // and column are zero and hence never rotated.
 //
 // Each 2 x 2 block of a round is the work of one thread and reads nothing another writes: the
-// digits do not depend on the number of threads.
+// digits do not depend on the number of threads. Where a product is added to it is fused by name,
+// so that they do not depend on the compiler either.
 #pragma once
 
 #include <math.h>
@@ -23,6 +24,8 @@ constexpr int kMaxSweeps = 30;
 
 SES_HOST_DEVICE inline float square_root(float x) { return sqrtf(x); }
 SES_HOST_DEVICE inline double square_root(double x) { return sqrt(x); }
+SES_HOST_DEVICE inline float fused(float x, float y, float z) { return fmaf(x, y, z); }  // x y + z
+SES_HOST_DEVICE inline double fused(double x, double y, double z) { return fma(x, y, z); }
 SES_HOST_DEVICE inline float magnitude(float x) { return fabsf(x); }
 SES_HOST_DEVICE inline double magnitude(double x) { return fabs(x); }
 SES_HOST_DEVICE inline int exponent_of(float x) { return ilogbf(x); }
@@ -76,10 +79,25 @@ struct FlatIndex {
   }
 };
 
+// A rotation by the angle phi as Rutishauser writes it (Numer. Math. 9, 1966), s = sin phi and
+// tau = tan(phi / 2) = s / (1 + c): what it changes is computed, not what it leaves. With c = cos
+// phi rounded, to 1 for a small angle, every rotation would lengthen the vectors by up to s^2 / 2.
+template <typename T>
+struct Rotation {
+  T s, tau;
+
+  // (x, y) <- (c x - s y, s x + c y)
+  SES_HOST_DEVICE void apply(T& x, T& y) const {
+    const T old_x = x;
+    x = fused(-s, fused(tau, x, y), x);
+    y = fused(s, fused(-tau, y, old_x), y);
+  }
+};
+
 // Chooses the rotation that annihilates a[p, q], applies it to the diagonal, and reports whether
 // there was anything to annihilate.
 template <typename T>
-SES_HOST_DEVICE bool make_rotation(T* a, int players, Pair pair, T* rotation) {
+SES_HOST_DEVICE bool make_rotation(T* a, int players, Pair pair, Rotation<T>* rotation) {
   T* pp = a + pair.p * players + pair.p;
   T* qq = a + pair.q * players + pair.q;
   T* pq = a + pair.p * players + pair.q;
@@ -88,19 +106,17 @@ SES_HOST_DEVICE bool make_rotation(T* a, int players, Pair pair, T* rotation) {
   // to the norm, which is near 1, so that a singular one converges.
   const T eps = Limits<T>::kEps;
   if (size <= eps / 4 || size * size <= (eps * eps) * magnitude(*pp) * magnitude(*qq)) {
-    rotation[0] = T(1);
-    rotation[1] = T(0);
+    *rotation = {T(0), T(0)};
     return false;
   }
-  // The smaller of the two angles: t = tan, |t| <= 1.
+  // The smaller of the two angles: t = tan phi, |t| <= 1.
   const T theta = (*qq - *pp) / (2 * apq);
-  const T root = magnitude(theta) + square_root(1 + theta * theta);
+  const T root = magnitude(theta) + square_root(fused(theta, theta, T(1)));
   const T t = (theta < 0 ? T(-1) : T(1)) / root;
-  const T cosine = 1 / square_root(1 + t * t);
-  rotation[0] = cosine;
-  rotation[1] = t * cosine;
-  *pp -= t * apq;
-  *qq += t * apq;
+  const T c = 1 / square_root(fused(t, t, T(1))), s = t * c;
+  *rotation = {s, s / (1 + c)};
+  *pp = fused(-t, apq, *pp);
+  *qq = fused(t, apq, *qq);
   *pq = T(0);
   a[pair.q * players + pair.p] = T(0);
   return true;
@@ -109,20 +125,19 @@ SES_HOST_DEVICE bool make_rotation(T* a, int players, Pair pair, T* rotation) {
 // a' = J_k^T a J_l for the 2 x 2 block where the rows of pair k meet the columns of pair l, and its
 // mirror image.
 template <typename T>
-SES_HOST_DEVICE void rotate_block(T* a, int players, Pair k, Pair l, const T* rotation_k,
-                                  const T* rotation_l) {
-  const T ck = rotation_k[0], sk = rotation_k[1], cl = rotation_l[0], sl = rotation_l[1];
-  if (sk == 0 && sl == 0) return;
-  const T pp = a[k.p * players + l.p], pq = a[k.p * players + l.q];
-  const T qp = a[k.q * players + l.p], qq = a[k.q * players + l.q];
-  const T row_pp = ck * pp - sk * qp, row_pq = ck * pq - sk * qq;
-  const T row_qp = sk * pp + ck * qp, row_qq = sk * pq + ck * qq;
-  const T new_pp = cl * row_pp - sl * row_pq, new_pq = sl * row_pp + cl * row_pq;
-  const T new_qp = cl * row_qp - sl * row_qq, new_qq = sl * row_qp + cl * row_qq;
-  a[k.p * players + l.p] = a[l.p * players + k.p] = new_pp;
-  a[k.p * players + l.q] = a[l.q * players + k.p] = new_pq;
-  a[k.q * players + l.p] = a[l.p * players + k.q] = new_qp;
-  a[k.q * players + l.q] = a[l.q * players + k.q] = new_qq;
+SES_HOST_DEVICE void rotate_block(T* a, int players, Pair k, Pair l, Rotation<T> rotation_k,
+                                  Rotation<T> rotation_l) {
+  if (rotation_k.s == 0 && rotation_l.s == 0) return;
+  T pp = a[k.p * players + l.p], pq = a[k.p * players + l.q];
+  T qp = a[k.q * players + l.p], qq = a[k.q * players + l.q];
+  rotation_k.apply(pp, qp);
+  rotation_k.apply(pq, qq);
+  rotation_l.apply(pp, pq);
+  rotation_l.apply(qp, qq);
+  a[k.p * players + l.p] = a[l.p * players + k.p] = pp;
+  a[k.p * players + l.q] = a[l.q * players + k.p] = pq;
+  a[k.q * players + l.p] = a[l.p * players + k.q] = qp;
+  a[k.q * players + l.q] = a[l.q * players + k.q] = qq;
 }
 
 // Copies the lower triangle, scaled by a power of two so that squares stay in range, and sets v to
@@ -164,7 +179,8 @@ SES_HOST_DEVICE bool load(const Group& group, const T* input, int n, int players
 
 // Rotates until a sweep finds nothing to annihilate; false if that never happens.
 template <typename T, typename Group>
-SES_HOST_DEVICE bool diagonalise(const Group& group, int n, int players, T* a, T* v, T* rotations) {
+SES_HOST_DEVICE bool diagonalise(const Group& group, int n, int players, T* a, T* v,
+                                 Rotation<T>* rotations) {
   const int rank = group.thread_rank(), threads = group.num_threads();
   const int pairs = players / 2;
   // Blocks (k, k + 1), (k, k + 2), ... around the circle: each unordered pair of pairs once.
@@ -175,23 +191,20 @@ SES_HOST_DEVICE bool diagonalise(const Group& group, int n, int players, T* a, T
     for (int round = 0; round < players - 1; ++round) {
       bool mine = false;
       for (int k = rank; k < pairs; k += threads)
-        mine |= make_rotation(a, players, tournament(round, k, players), rotations + 2 * k);
+        mine |= make_rotation(a, players, tournament(round, k, players), rotations + k);
       if (!group.any(mine)) continue;
       rotated = true;
       FlatIndex at = start;
       for (int i = rank; i < blocks; i += threads, at.next()) {
         const int k = at.inner, next = k + 1 + at.outer, l = next < pairs ? next : next - pairs;
         rotate_block(a, players, tournament(round, k, players), tournament(round, l, players),
-                     rotations + 2 * k, rotations + 2 * l);
+                     rotations[k], rotations[l]);
       }
       for (at = start; at.outer < n; at.next()) {
-        const T cosine = rotations[2 * at.inner], sine = rotations[2 * at.inner + 1];
-        if (sine == 0) continue;
+        if (rotations[at.inner].s == 0) continue;
         const Pair pair = tournament(round, at.inner, players);
         T* row = v + at.outer * players;
-        const T x = row[pair.p], y = row[pair.q];
-        row[pair.p] = cosine * x - sine * y;
-        row[pair.q] = sine * x + cosine * y;
+        rotations[at.inner].apply(row[pair.p], row[pair.q]);
       }
       group.sync();
     }
@@ -211,7 +224,7 @@ SES_HOST_DEVICE void eigh(const Group& group, const T* input, T* w, T* output, i
   T* scratch = v + players * players;  // [players]: column maxima, then rotations, then the order
   int exponent = 0;
   const bool solved = load(group, input, n, players, a, v, scratch, &exponent) &&
-                      diagonalise(group, n, players, a, v, scratch);
+                      diagonalise(group, n, players, a, v, reinterpret_cast<Rotation<T>*>(scratch));
   if (!solved) {
     for (int i = rank; i < n * n; i += threads) output[i] = static_cast<T>(NAN);
     for (int i = rank; i < n; i += threads) w[i] = static_cast<T>(NAN);
