@@ -11,6 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+PATH=${CUDA_HOME:+$CUDA_HOME/bin:}$PATH:/usr/local/cuda/bin # nvcc and compute-sanitizer
 
 if ! capability=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>&1); then
   echo "bench/gpu.sh needs a CUDA GPU that PyTorch can use; $PYTHON found none: ${capability##*$'\n'}" >&2
@@ -29,29 +30,32 @@ stage() { # name, seconds, command...
   echo "=== $name took $((SECONDS - start)) s"
 }
 
-small_run='
-import torch, ses_kernels
-for shape in [(3, 5, 7), (4, 33, 16), (2, 64, 96), (1, 130, 70), (1, 200, 300), (1, 300, 400)]:
-    x = torch.randn(shape, device="cuda", requires_grad=True)
-    ses_kernels.spectral_entropy(x).sum().backward()
-    ses_kernels.spectral_entropy(x, solver="rational").sum().backward()
-    ses_kernels.linalg.eigh(x.detach() @ x.detach().mT)
-    assert x.grad.isfinite().all()
-torch.cuda.synchronize()
-'
+driver=$(mktemp -d)/cuda_host # the CUDA kernels without Python: see python_tests/csrc/cuda_host.cu
+trap 'rm -rf "$(dirname "$driver")"' EXIT
+build() {
+  "$PYTHON" setup.py build_ext --inplace &&
+    python_tests/csrc/build_cuda_host.sh "$capability" "$driver"
+}
+export -f build
+export PYTHON capability driver
 
-stage "build" 80 "$PYTHON" setup.py build_ext --inplace
+stage "build" 80 bash -c build
 stage "capabilities" 10 "$PYTHON" -m ses_kernels
-stage "suite" 205 "$PYTHON" -m pytest -q -rs -n 8 --ignore python_tests/lab
-for tool in memcheck racecheck; do
+poles=$("$PYTHON" -c '
+import torch
+from ses_kernels import partial_fractions
+c, t, w = partial_fractions.columns(torch.float32, torch.float32)
+print(c, *t, *w)
+')
+stage "digits" 20 "$driver" check $poles # a word a number
+for tool in memcheck racecheck initcheck synccheck; do
   if command -v compute-sanitizer >/dev/null; then
-    # Without the caching allocator, an access past a tensor is one past its allocation.
-    stage "$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -c "$small_run"
+    stage "$tool" 10 compute-sanitizer --tool "$tool" --error-exitcode 1 "$driver" launch $poles
   else
     echo "=== $tool skipped: compute-sanitizer is not on PATH"
   fi
 done
+stage "suite" 205 "$PYTHON" -m pytest -q -rs -n 8 --ignore python_tests/lab
 stage "benchmarks" 90 "$PYTHON" -m bench --budget 0.05 -k "(float32 or ResNet-18) and not training"
 device=$("$PYTHON" -c 'from bench.provenance import file_stem; print(file_stem("cuda"))')
 stage "training" 55 "$PYTHON" -m bench --budget 0.05 -k "training and torch.float16" \

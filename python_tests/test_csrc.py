@@ -223,6 +223,36 @@ def test_no_cuda_kernel_moves_single_bytes(source, tmp_path):
             assert {f"ld.{space}.v4.f32", f"st.{space}.v4.f32"} <= set(memory)
 
 
+@pytest.fixture(scope="module")
+def cuda_driver(tmp_path_factory):
+    """(mode) -> the completed process of cuda_host.cu: the CUDA kernels without torch."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (7, 5)
+    driver = tmp_path_factory.mktemp("cuda") / "driver"
+    result = run(
+        DRIVERS / "build_cuda_host.sh", f"{major}.{minor}", driver,
+        "-Werror", "all-warnings", "-Xcompiler", "-Werror",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    c, t, w = partial_fractions.columns(torch.float32, torch.float32)
+    return lambda mode: run(driver, mode, c, *t, *w, timeout=300)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a device")
+def test_cuda_driver_says_that_there_is_no_device(cuda_driver):
+    result = cuda_driver("check")
+    assert result.returncode == 77, result.stdout + result.stderr
+    assert result.stdout.strip() == "no CUDA device"
+
+
+@pytest.mark.cuda
+def test_cuda_digits_are_those_of_the_host(cuda_driver):
+    result = cuda_driver("check")
+    print(result.stdout)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+
+
 def test_no_torch_header():
     for path in SOURCES:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path.name

@@ -5,71 +5,20 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <limits>
-#include <memory>
-#include <random>
 
 #include "host_group.h"
-#include "rational_plan.h"
+#include "host_rational.h"
 
 namespace {
 
+using namespace host;
 using ses::GramLayer;
 using ses::Poles;
 using ses::sweep::Launch;
 
-const float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// NaN, aligned to 16 bytes as operator new does, and of exactly its size for AddressSanitizer.
-class Floats {
- public:
-  explicit Floats(std::size_t count) : memory_(new float[count]) {
-    std::fill_n(memory_.get(), count, kNaN);
-  }
-  float* data() const { return memory_.get(); }
-
- private:
-  std::unique_ptr<float[]> memory_;
-};
-static_assert(__STDCPP_DEFAULT_NEW_ALIGNMENT__ >= 16);
-
-// The kernels of a launch one after the other, their tasks too, each from poisoned shared memory.
-template <typename Method, int kSlots, typename Group>
-void run_tasks(const Group& group, const Launch& launch, float* shared) {
-  const auto each = [&](int tasks, int floats, const auto& run) {
-    for (int task = 0; task < tasks; ++task) {
-      for (int i = group.thread_rank(); i < floats; i += group.num_threads()) shared[i] = kNaN;
-      group.sync();
-      run(task);
-      group.sync();
-    }
-  };
-  for (const bool retry : {false, true})
-    each(retry ? launch.retries : launch.sweeps, Method::kSweepFloats, [&](int task) {
-      ses::sweep::sweep_task<Method, kSlots>(group, launch.table, retry, task, shared);
-    });
-  each(launch.closes, ses::sweep::kCloseFloats,
-       [&](int task) { ses::sweep::close_task<Method::kTile>(group, launch.table, task, shared); });
-  each(launch.center ? launch.closes : 0, ses::sweep::kCloseFloats,
-       [&](int task) { ses::sweep::center_task(group, launch.table, task, shared); });
-}
-
 void run(const Launch& launch, int threads) {
-  ses::sweep::with_method(launch.method, [&](auto method) {
-    using Method = decltype(method);
-    constexpr int kAll =
-        Method::kPacked ? Method::kSide / 2 : ses::sweep::tile_count<Method::kTile>(Method::kSide);
-    const Floats memory(std::max(Method::kSweepFloats, ses::sweep::kCloseFloats));
-    float* shared = memory.data();
-    const int n = launch.table.layer[0].n;
-    const int work = std::max(ses::sweep::tile_count<Method::kTile>(n), (n + 1) / 2);
-    run_team(threads, [&](const HostGroup& group) {
-      if (work <= threads)
-        run_tasks<Method, 1>(group, launch, shared);
-      else
-        run_tasks<Method, kAll>(group, launch, shared);
-    });
-  });
+  const Floats memory(shared_floats(launch));
+  run_team(threads, [&](const HostGroup& group) { run_launch(group, launch, memory.data()); });
 }
 
 // What rational_cuda does on a device of so many multiprocessors; a method of 0 or more is used for
@@ -112,38 +61,6 @@ namespace {
 const double kT[] = {1e-5, 1e-2, 1.0}, kW[] = {2e-5, 1e-2, 2.0};
 const Poles kPoles{1.5, 3, kT, kW};
 
-enum Family { kGaussian, kIndefinite, kZero, kBad, kFamilies };
-
-struct Layer {
-  int n, batch;
-  std::vector<float> gram, h, m;
-
-  Layer(int side, int matrices, unsigned seed) : n(side), batch(matrices) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    gram.resize(static_cast<std::size_t>(batch) * n * n);
-    h.assign(batch, 7.0f);
-    m.assign(gram.size(), 7.0f);
-    std::vector<float> x(static_cast<std::size_t>(n) * n);
-    for (int b = 0; b < batch; ++b) {
-      float* k = &gram[static_cast<std::size_t>(b) * n * n];
-      for (float& value : x) value = normal(random);
-      for (int i = 0; i < n; ++i)
-        for (int j = 0; j < n; ++j)
-          for (int l = 0; l < n; ++l) k[i * n + j] += x[i * n + l] * x[j * n + l];
-      const int family = b % kFamilies;
-      if (family == kZero) std::fill_n(k, n * n, 0.0f);
-      if (family == kBad) k[(n - 1) * n + n / 2] = kNaN;
-      if (family == kIndefinite) {  // an eigenvalue between -4 t_1 and -16 t_1 of the trace
-        for (int i = 0; i < n * n; ++i) k[i] = 0;
-        for (int i = 0; i < n; ++i) k[i * n + i] = i == n / 2 && n > 1 ? -6e-5f : 1.0f / n;
-      }
-    }
-  }
-  // Centred for every other n.
-  GramLayer<float, float> view() { return {gram.data(), h.data(), m.data(), batch, n, n % 2 == 1}; }
-};
-
 void fail(const char* what, int n, int method, int threads) {
   std::printf("FAILED: %s (n %d, method %d, threads %d)\n", what, n, method, threads);
   std::exit(1);
@@ -153,8 +70,10 @@ bool same(const std::vector<float>& x, const std::vector<float>& y) {
   return std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
 }
 
+Layer make_layer(int n, int batch) { return Layer(n, batch, 31u * n, kPoles); }
+
 Layer solve(int n, int batch, int processors, int method, int threads) {
-  Layer layer(n, batch, 31u * n);
+  Layer layer = make_layer(n, batch);
   rational({layer.view()}, kPoles, processors, method, threads);
   return layer;
 }
@@ -166,9 +85,9 @@ void check_values(const Layer& layer, int method) {
     const std::size_t square = static_cast<std::size_t>(layer.n) * layer.n;
     for (std::size_t i = 0; i <= square; ++i) {
       const float x = i == square ? layer.h[b] : layer.m[b * square + i];
-      const bool right = family <= kIndefinite ? std::isfinite(x)
-                         : family == kZero     ? x == expected
-                                               : std::isnan(x);
+      const bool right = family <= kRankTwo ? std::isfinite(x)
+                         : family == kZero  ? x == expected
+                                            : std::isnan(x);
       if (!right) fail("value of a special matrix", layer.n, method, b);
     }
   }
@@ -198,7 +117,7 @@ void methods_agree(int n) {
 // Layers in one plan have the bits they have alone, as long as the poles are split the same way.
 void layers_agree() {
   std::vector<Layer> layers;
-  for (const int n : {64, 3, 130, 1, 70}) layers.emplace_back(n, 2, 31u * n);
+  for (const int n : {64, 3, 130, 1, 70}) layers.push_back(make_layer(n, 2));
   std::vector<GramLayer<float, float>> views;
   for (Layer& layer : layers) views.push_back(layer.view());
   rational(views, kPoles, 64, -1, 1);
@@ -209,9 +128,9 @@ void layers_agree() {
   }
   // Many layers take several launches; many small matrices take their own.
   std::vector<Layer> more;
-  for (int i = 0; i < ses::sweep::kMaxLayers + 3; ++i) more.emplace_back(5, 1, 31u * 5);
-  more.emplace_back(5, 300, 31u * 5);
-  more.emplace_back(66, 1, 31u * 66);
+  for (int i = 0; i < ses::sweep::kMaxLayers + 3; ++i) more.push_back(make_layer(5, 1));
+  more.push_back(make_layer(5, 300));
+  more.push_back(make_layer(66, 1));
   views.clear();
   for (Layer& layer : more) views.push_back(layer.view());
   rational(views, kPoles, 64, -1, 1);
