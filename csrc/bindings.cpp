@@ -301,13 +301,20 @@ py::dict info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Batched symmetric eigendecomposition of small matrices, on raw pointers.";
+  m.doc() =
+      "What ses_kernels computes outside PyTorch, on raw pointers:\n\n"
+      "- eigh_cpu, eigh_cuda: symmetric eigendecomposition of small matrices;\n"
+      "- location_scale, gram, gram_backward: from samples to their Gram matrices, and back to a "
+      "gradient, on the CPU;\n"
+      "- rational_cpu, rational_cuda with rational_cuda_workspace: from Gram matrices to H and "
+      "dH/dK by partial fractions of the logarithm;\n"
+      "- rational_from_samples_cpu: all of that in one call.\n\n"
+      "max_n_cpu, max_n_cuda and max_n_rational_cuda say how large a matrix may be, info what was "
+      "built.";
   m.def("eigh_cpu", &eigh_cpu, py::arg("a"), py::arg("w"), py::arg("v"), py::arg("batch"),
         py::arg("n"), py::arg("itemsize"), py::arg("threads"),
         "a (batch, n, n) -> w (batch, n) ascending, v (batch, n, n), eigenvectors as rows; "
-        "contiguous, "
-        "in CPU memory. "
-        "Reads the lower triangle of a.");
+        "contiguous, in CPU memory. Reads the lower triangle of a.");
   m.def("eigh_cuda", &eigh_cuda, py::arg("a"), py::arg("w"), py::arg("v"), py::arg("batch"),
         py::arg("n"), py::arg("itemsize"), py::arg("device"), py::arg("stream"),
         "As eigh_cpu, in the memory of `device`, enqueued on `stream` (a cudaStream_t).");

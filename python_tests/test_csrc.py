@@ -258,6 +258,14 @@ def test_no_torch_header():
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path.name
 
 
+def test_module_docstring_names_every_function():
+    text = (CSRC / "bindings.cpp").read_text()
+    docstring = re.search(r"m\.doc\(\) =(.*?);\n", text, re.S)[1]
+    functions = re.findall(r'm\.def\(\s*"(\w+)"', text)
+    assert functions
+    assert [name for name in functions if not re.search(rf"\b{name}\b", docstring)] == []
+
+
 def test_limits_are_typed_once():
     texts = {path: path.read_text() for path in [*SOURCES, *(ROOT / "ses_kernels").rglob("*.py")]}
     names = {name for text in texts.values() for name in re.findall(r"\bkMaxN[A-Za-z]+", text)}
