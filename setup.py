@@ -25,7 +25,7 @@ DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 # whatever width of SIMD its batch is solved. -fno-math-errno makes sqrt one instruction.
 CXX_FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
-    "-Wall -Wextra -Wno-psabi"
+    "-Wall -Wextra -Wshadow -Wno-psabi"
 )
 ISA_FLAGS = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -135,7 +135,7 @@ def ninja_file(output, nvcc, archs):
         lines += [
             "rule nvcc",
             f"  command = {nvcc} {host} -std=c++17 -O3 -DNDEBUG --threads {cores} {gencode(archs)} "
-            "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -MD -MF $out.d -c $in -o $out",
+            "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wshadow -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvlink",

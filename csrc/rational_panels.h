@@ -533,11 +533,11 @@ static void rational(const P* gram, M* h, M* m, int n, bool center,
   }
   if (center) double_center(work);
   const P factor = P::broadcast(scale);
-  for (int b = 0; b < work.panels; ++b) {
-    for (int c = 0; c <= b; ++c) {
-      P* block = work.f + c * work.rows + b * kPanel;
+  for (int row = 0; row < work.panels; ++row) {
+    for (int column = 0; column <= row; ++column) {
+      P* block = work.f + column * work.rows + row * kPanel;
       for (int r = 0; r < kPanel; ++r) block[r] = block[r] * factor;
-      store_symmetric(block, b * kPanel, c * kPanel, n, m);
+      store_symmetric(block, row * kPanel, column * kPanel, n, m);
     }
   }
 }

@@ -23,8 +23,8 @@ CPU_SOURCES = sorted(CSRC.glob("*_cpu.cpp"))  # compiled once for each instructi
 CUDA_ARCHS = ("75", "80", "86", "89", "90", "100")
 
 FLAGS = [
-    "-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-ffp-contract=off",
-    "-fno-math-errno", "-pthread",
+    "-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-psabi",
+    "-ffp-contract=off", "-fno-math-errno", "-pthread",
 ]  # fmt: skip
 SANITIZERS = {
     # Without the checks of every pointer, which multiply the compile time by ten: AddressSanitizer
@@ -180,7 +180,7 @@ def test_cuda_compiles_for_every_gpu_without_spills(source, tmp_path):
     known = run(nvcc, "--list-gpu-code").stdout.split()
     archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
     result = run(
-        nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra",
+        nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wshadow",
         "-Xptxas", "-v", "--threads", "2",
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
         "-c", source, "-o", tmp_path / "out.o",

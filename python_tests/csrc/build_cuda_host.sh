@@ -13,6 +13,6 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 # The host's digits must not depend on whether its compiler fuses. GCC takes a tile of which no
 # thread has a part for one that is used without a value.
 exec nvcc -std=c++17 -O3 -lineinfo -arch="sm_${capability/./}" --threads 2 \
-  -Xcompiler -Wall,-Wextra,-Wno-maybe-uninitialized,-ffp-contract=off,-march=native \
+  -Xcompiler -Wall,-Wextra,-Wshadow,-Wno-maybe-uninitialized,-ffp-contract=off,-march=native \
   -I"$root/csrc" "$@" -o "$output" \
   "$root"/python_tests/csrc/cuda_host.cu "$root"/csrc/{rational,eigh}_cuda.cu
