@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What the extension and the environment are made from: a change to any of it installs again.
-INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/per_isa/*)
 
 .PHONY: demo mnist lab zoo test test-minimal bench lint clean
 
@@ -42,7 +42,7 @@ lint: $(VENV)/test.stamp  ## style of Python and C++, types of ses_kernels
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/per_isa/*)
 
 $(VENV)/%.stamp: $(INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

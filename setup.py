@@ -123,7 +123,8 @@ def ninja_file(output, nvcc, archs):
         shared = "-bundle -undefined dynamic_lookup"
     lines = [
         "rule cxx",
-        f"  command = {cxx} {CXX_FLAGS} -pthread $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {cxx} {CXX_FLAGS} -I{escape(CSRC)} -pthread $flags -MMD -MF $out.d "
+        "-c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -135,7 +136,8 @@ def ninja_file(output, nvcc, archs):
         lines += [
             "rule nvcc",
             f"  command = {nvcc} {host} -std=c++17 -O3 -DNDEBUG --threads {cores} {gencode(archs)} "
-            "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wshadow -MD -MF $out.d -c $in -o $out",
+            "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wshadow -MD -MF $out.d "
+            "-c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvlink",
@@ -155,10 +157,12 @@ def ninja_file(output, nvcc, archs):
             compile_("nvcc", f"{source}.cu", source)
     x86 = "-DSES_X86" if len(ISA_FLAGS) > 1 else ""
     for isa, flags in ISA_FLAGS.items():
-        for source in ("eigh_cpu", "gram_cpu", "rational_cpu"):
-            compile_("cxx", f"{source}.cpp", f"{source}_{isa}", f"-DSES_ISA={isa} {x86} {flags}")
+        for name in ("eigh", "gram", "rational"):
+            define = f"-DSES_ISA={isa} {x86}"
+            compile_("cxx", f"per_isa/{name}.cpp", f"{name}_{isa}", f"{define} {flags}")
     compile_("cxx", "bindings.cpp", "bindings", f"{includes} {facts} {x86}")
-    compile_("cxx", "cpu_dispatch.cpp", "cpu_dispatch", x86)
+    for name in ("eigh_cpu", "gram_cpu", "rational_cpu"):
+        compile_("cxx", f"{name}.cpp", name, x86)
     if not nvcc:
         compile_("cxx", "eigh_cuda_none.cpp", "eigh_cuda_none")
     lines.append(f"build {escape(output)}: {'nvlink' if nvcc else 'link'} {' '.join(objects)}")

@@ -2,6 +2,8 @@
 // for SIMD, whatever the width of a register.
 #pragma once
 
+#include "measured.h"
+
 namespace ses {
 
 constexpr int kLanes = 8;
@@ -14,16 +16,13 @@ enum class Arrangement {
   kPanels,
 };
 
-// Measured: side by side is the faster for half the lanes and more, until the workspace has left
-// the L2 cache. A matrix has the same bits in every batch that is arranged alike.
-constexpr int kMaxNInterleaved = 96;
+// A matrix has the same bits in every batch that is arranged alike.
 static inline constexpr Arrangement arrangement_of(long n, long batch) {
   return n <= kMaxNInterleaved && batch >= kLanes / 2 ? Arrangement::kInterleaved
                                                       : Arrangement::kPanels;
 }
 
-// Matrices that a kernel takes in one call; of small ones, as measured, two groups.
-constexpr int kMaxNTwoGroups = 12;
+// Matrices that a kernel takes in one call; of small ones two groups.
 static inline constexpr int together(Arrangement arrangement, long n) {
   return arrangement == Arrangement::kPanels ? 1 : n <= kMaxNTwoGroups ? 2 * kLanes : kLanes;
 }

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 
+#include "measured.h"
+
 #if defined(__CUDACC__)
 #define SES_HOST_DEVICE __host__ __device__
 #else
@@ -12,10 +14,7 @@
 
 namespace ses {
 
-// ---- limits; Python reads them through max_n_cpu() and max_n_cuda() ----
-
-// Above, LAPACK's blocked tridiagonalisation wins: a pack of matrices has left the L2 cache.
-constexpr int kMaxNCpu = 128;
+// ---- limits; Python reads them through max_n_cpu() and max_n_cuda(); kMaxNCpu is measured ----
 
 // One warp a matrix up to here, one thread block a matrix above.
 constexpr int kMaxNWarp = 32;

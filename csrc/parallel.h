@@ -19,9 +19,6 @@
 
 namespace ses {
 
-// What starting a team has to be worth, in nanoseconds of work.
-constexpr double kTeamNanoseconds = 2e4;
-
 // The entry point that GCC's `#pragma omp parallel` calls; LLVM's and Intel's runtimes have it too.
 using OpenMPParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 

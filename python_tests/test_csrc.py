@@ -18,8 +18,9 @@ from ses_kernels import partial_fractions
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 DRIVERS = ROOT / "python_tests" / "csrc"
-SOURCES = sorted(CSRC.iterdir())
-CPU_SOURCES = sorted(CSRC.glob("*_cpu.cpp"))  # compiled once for each instruction set
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
+PER_ISA_SOURCES = sorted(CSRC.glob("per_isa/*.cpp"))
+CPU_SOURCES = sorted(CSRC.glob("*_cpu.cpp"))
 CUDA_ARCHS = ("75", "80", "86", "89", "90", "100")
 
 FLAGS = [
@@ -63,7 +64,15 @@ def compile_isa(isa, tmp_path, *flags):
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, CPU_SOURCES))
+        return list(pool.map(compile_one, PER_ISA_SOURCES))
+
+
+def compile_host_side(tmp_path, *flags):
+    """The sources that pick an instruction set and cut a call into tasks."""
+    targets = [tmp_path / f"{source.stem}.o" for source in CPU_SOURCES]
+    for source, target in zip(CPU_SOURCES, targets, strict=True):
+        compile_cpp(*flags, "-c", source, "-o", target)
+    return targets
 
 
 def sanitizer_flags(name, tmp_path):
@@ -128,8 +137,7 @@ def test_cpu_kernels_under_sanitizers(sanitizer, tmp_path):
     # sanitizer takes minutes.
     flags = sanitizer_flags(sanitizer, tmp_path)
     objects = compile_isa("portable", tmp_path, *flags)
-    objects.append(tmp_path / "dispatch.o")
-    compile_cpp(*flags, "-c", CSRC / "cpu_dispatch.cpp", "-o", objects[-1])
+    objects += compile_host_side(tmp_path, *flags)
     said = run_cpu_drivers(objects, tmp_path, *flags)
     assert said == ["portable", "gram is right", "rational is right", "rational is right"]
 
@@ -146,21 +154,20 @@ def test_instruction_sets_agree_and_stay_apart(tmp_path):
             functions = re.findall(r"^\S+ [TWVu] (.*)$", symbols, re.M)
             assert functions
             assert all(f"ses::{isa}::" in function for function in functions), symbols
-    objects.append(tmp_path / "dispatch.o")
-    compile_cpp("-DSES_X86", "-c", CSRC / "cpu_dispatch.cpp", "-o", objects[-1])
+    objects += compile_host_side(tmp_path, "-DSES_X86")
     assert all(run_cpu_drivers(objects, tmp_path, "-DSES_X86"))
 
 
 @pytest.mark.parametrize(
     ("source", "functions"),
-    [("gram_cpu.cpp", {"gram_arranged", "backward"}), ("rational_cpu.cpp", {"rational"})],
+    [("gram.cpp", {"gram_arranged", "backward"}), ("rational.cpp", {"rational"})],
 )
 def test_prefetches_are_not_left_out(source, functions, tmp_path):
     """A function of nothing else is pure to the compiler, which then drops the calls of it."""
     if platform.machine() not in ("x86_64", "aarch64"):
         pytest.skip("the instruction's name is not known here")
     assembly = tmp_path / "code.s"
-    compile_cpp("-DSES_ISA=portable", "-O3", "-g0", "-S", CSRC / source, "-o", assembly)
+    compile_cpp("-DSES_ISA=portable", "-O3", "-g0", "-S", CSRC / "per_isa" / source, "-o", assembly)
     # label, body, label, body, ..
     _, *parts = re.split(r"^(_Z[\w.]+):$", assembly.read_text(), flags=re.M)
     prefetching = [
@@ -180,7 +187,8 @@ def test_cuda_compiles_for_every_gpu_without_spills(source, tmp_path):
     known = run(nvcc, "--list-gpu-code").stdout.split()
     archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
     result = run(
-        nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wshadow",
+        nvcc, "-std=c++17", "-O3",
+        "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wshadow",
         "-Xptxas", "-v", "--threads", "2",
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
         "-c", source, "-o", tmp_path / "out.o",
@@ -256,6 +264,15 @@ def test_cuda_digits_are_those_of_the_host(cuda_driver):
 def test_no_torch_header():
     for path in SOURCES:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path.name
+
+
+@pytest.mark.parametrize(
+    "header",
+    [path for path in SOURCES if path.suffix == ".h" and "cuda" not in path.name],
+    ids=lambda path: path.name,
+)
+def test_a_header_includes_what_it_needs(header):
+    compile_cpp("-DSES_ISA=portable", "-fsyntax-only", "-include", header, "-x", "c++", os.devnull)
 
 
 def test_module_docstring_names_every_function():

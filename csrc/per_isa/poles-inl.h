@@ -1,7 +1,12 @@
 // The partial fractions as the CPU kernels take them, and what they do with matrices that have no
 // spectrum to speak of.
-//
-// Included inside an ISA namespace, after simd.h.
+#pragma once
+
+#include "rational.h"
+#include "simd-inl.h"
+
+namespace ses {
+namespace SES_ISA {
 
 // Poles summed in registers at a time; a divisor of every set's number of poles.
 #if defined(__AVX512F__)
@@ -39,3 +44,6 @@ template <typename T>
 SES_INLINE T without_spectrum(T trace) {
   return trace == 0 ? T(0) : ScalarTraits<T>::kNaN;
 }
+
+}  // namespace SES_ISA
+}  // namespace ses

@@ -1,8 +1,15 @@
 // log P by partial fractions for a pack of matrices, one a lane: the faster way for a batch of them
-// (arrangement.h). The method is that of rational_panels.h, one reflection at a time. P, the pack,
-// holds one group of eight matrices or more.
-//
-// Included inside an ISA namespace, after householder.h, tile.h and poles.h.
+// (arrangement.h). The method is that of rational_panels-inl.h, one reflection at a time. P, the
+// pack, holds one group of eight matrices or more.
+#pragma once
+
+#include "householder-inl.h"
+#include "poles-inl.h"
+#include "simd-inl.h"
+#include "tile-inl.h"
+
+namespace ses {
+namespace SES_ISA {
 
 // Poles summed at a time: as many registers for any pack.
 template <typename P>
@@ -252,3 +259,6 @@ static void rational(const Group<P>* grams, M* h, M* m, int count, int n, bool c
     }
   }
 }
+
+}  // namespace SES_ISA
+}  // namespace ses

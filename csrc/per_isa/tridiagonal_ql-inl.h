@@ -4,8 +4,13 @@
 // Golub and Van Loan, Matrix Computations (4th ed.), 8.3.3 to 8.3.5; EISPACK tql2. QL runs on the
 // tridiagonal alone and logs its rotations, which are then applied to a few rows of Q at a time:
 // each row passes through the first-level cache once for many sweeps.
-//
-// Included inside an ISA namespace, after householder.h.
+#pragma once
+
+#include "householder-inl.h"
+#include "simd-inl.h"
+
+namespace ses {
+namespace SES_ISA {
 
 constexpr int kRowBlock = 4;    // rows of Q rotated together: enough chains to fill the FMA units
 constexpr int kMaxSweeps = 30;  // QL sweeps for each eigenvalue, as in LAPACK
@@ -181,3 +186,6 @@ static void sort_ascending(P* d, P* order, int n) {
     }
   }
 }
+
+}  // namespace SES_ISA
+}  // namespace ses

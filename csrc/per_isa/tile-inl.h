@@ -3,8 +3,12 @@
 //
 // Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (ACM TOMS 34, 2008):
 // both factors lie in the order in which the tile reads them.
-//
-// Included inside an ISA namespace, after simd.h.
+#pragma once
+
+#include "simd-inl.h"
+
+namespace ses {
+namespace SES_ISA {
 
 constexpr int kPanel = 8;  // columns of a panel, rows of a tile
 
@@ -272,3 +276,6 @@ SES_INLINE void store_symmetric(const P* block, int row, int column, int n, X* o
   Square<P>::transpose(block, mirrored);
   store_block(mirrored, column, row);
 }
+
+}  // namespace SES_ISA
+}  // namespace ses

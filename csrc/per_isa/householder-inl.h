@@ -4,8 +4,12 @@
 // where the leading block shrinks and the reflectors stay in the rows they annihilate. For the
 // memory system, the rank-2 update of one step and the matrix-vector product of the next are one
 // pass, and so are the update of Q by one reflector and the product with the next.
-//
-// Included inside an ISA namespace, after simd.h.
+#pragma once
+
+#include "simd-inl.h"
+
+namespace ses {
+namespace SES_ISA {
 
 constexpr int kRotationCap = 512;  // logged rotations before they are applied to Q
 
@@ -231,3 +235,6 @@ static void accumulate(const Workspace<P>& work, int n) {
     u[i] = one;
   }
 }
+
+}  // namespace SES_ISA
+}  // namespace ses

@@ -3,8 +3,14 @@
 // Every operation is elementwise, and a * b + c is fused only where fma() says so (the build turns
 // contraction off): a lane then computes the same digits whatever the width of the pack, whatever
 // its neighbours hold, and on every x86 with FMA.
-//
-// Included inside an ISA namespace (see eigh_cpu.cpp), so it opens none and includes nothing.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace ses {
+namespace SES_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
@@ -201,3 +207,6 @@ SES_PACK SES_INLINE Pack<T, B, U> copysign(const Pack<T, B, U>& a, const Pack<T,
 
 #undef SES_EACH
 #undef SES_PACK
+
+}  // namespace SES_ISA
+}  // namespace ses

@@ -2,10 +2,16 @@
 //
 // P = Q T Q^T by Householder reflections, the sum over the poles on the tridiagonal T, and the
 // reflections again, a block of them at a time in compact WY form (Schreiber and Van Loan, SIAM J.
-// Sci. Stat. Comput. 10, 1989). All matrices lie in panels of eight columns (tile.h): pack
+// Sci. Stat. Comput. 10, 1989). All matrices lie in panels of eight columns (tile-inl.h): pack
 // [panel c][row r] holds (r, 8 c .. 8 c + 7).
-//
-// Included inside an ISA namespace, after tile.h and poles.h.
+#pragma once
+
+#include "poles-inl.h"
+#include "simd-inl.h"
+#include "tile-inl.h"
+
+namespace ses {
+namespace SES_ISA {
 
 template <typename P>
 struct PanelWorkspace {
@@ -148,7 +154,7 @@ static void update_and_multiply_leading(const PanelWorkspace<P>& work, int size,
 }
 
 // Leaves d and e of the tridiagonal, and in row i of a the reflector of step i, 0 from i on.
-// Householder, as householder.h does it for a pack of matrices.
+// Householder, as householder-inl.h does it for a pack of matrices.
 template <typename P>
 static void tridiagonalise(const PanelWorkspace<P>& work) {
   using T = typename P::Scalar;
@@ -541,3 +547,6 @@ static void rational(const P* gram, M* h, M* m, int n, bool center,
     }
   }
 }
+
+}  // namespace SES_ISA
+}  // namespace ses
