@@ -322,8 +322,25 @@ static void sum_all_poles(const PanelWorkspace<P>& work, int poles) {
   }
 }
 
-// Steps 8 k .. 8 k + 7 of the tridiagonalisation as one reflection I - V S V^T. V^T lies in the
-// rows of a, zero in the panels above k; S is lower triangular.
+// Steps 8 k + j of the tridiagonalisation, j = 0 .. 7, as one reflection. Each takes F to H_j F H_j
+// with H_j = I - h_j u_j u_j^T, h_j its inverse_h, in ascending order. With V = (u_0 .. u_7),
+//
+//   H_7 .. H_0 = I - V S V^T, S lower triangular, row by row: if that holds without H_j, then
+//   H_j (I - V S V^T) = I - V S V^T - u_j h_j (u_j^T - u_j^T V S V^T),
+//   so that row j of S is h_j (e_j^T - (V^T V)_j S), from the rows before it.
+//
+//   (I - V S V^T) F (I - V S V^T)^T
+//     = F - V S Y^T - Y S^T V^T + V X V^T    Y = F V, X = S (V^T Y) S^T, as symmetric as F
+//     = F - V W^T - W V^T                    W = Y S^T - V X / 2
+//
+// What lies where, for one k (r a row, c a panel of columns; u_j is 0 in the panels after k):
+//
+//   V [n, 8]     v_row[r]            copied from V^T
+//   V^T [8, n]   a[c][8 k + j]       where the tridiagonalisation left it
+//   Y [n, 8]     y_row[r]            what the blocks of F left of the diagonal give as they stand;
+//   Y^T [8, n]   y_column[c][j]      what they give mirrored, and those on it; then each the whole
+//   -W^T [8, n]  w_column[c][j]
+//   V^T V, V^T Y, S, X [8, 8]        gram, z, s and (halved) x of second_factor
 
 // A row of blocks of F: F -= V W^T + W V^T for block k.
 template <typename P>
@@ -387,8 +404,7 @@ SES_INLINE void multiply_transposed(const PanelWorkspace<P>& work, int k, const 
   }
 }
 
-// -W^T = X V^T / 2 - S Y^T with X = S V^T Y S^T, which makes (I - V S V^T) F (I - V S V^T)^T of the
-// update.
+// -W^T = X V^T / 2 - S Y^T
 template <typename P>
 static void second_factor(const PanelWorkspace<P>& work, int k) {
   using T = typename P::Scalar;
