@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <climits>
 #include <cstdint>
 #include <initializer_list>
@@ -42,15 +41,13 @@ void with_number(int itemsize, F f) {
     f(double());
 }
 
-void check_sizes(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n,
-                 int itemsize, int max_n, const std::string& where) {
+void check_sizes(long batch, long n, int max_n, int itemsize, const std::string& where) {
   // A CUDA grid has INT_MAX blocks; the CPU has no such batch in memory.
   if (batch < 0 || batch > INT_MAX)
     refuse("batch must be in [0, " + std::to_string(INT_MAX) + "], got " + std::to_string(batch));
   if (n < 1 || n > max_n)
     refuse("n must be in [1, " + std::to_string(max_n) + "] for itemsize " +
            std::to_string(itemsize) + " on " + where + ", got " + std::to_string(n));
-  if (batch > 0 && (a == 0 || w == 0 || v == 0)) refuse("a, w and v must not be null");
 }
 
 void check_threads(int threads) {
@@ -69,7 +66,8 @@ T* pointer(std::uintptr_t address) {
 
 void eigh_cpu(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n, int itemsize,
               int threads) {
-  check_sizes(a, w, v, batch, n, itemsize, ses::kMaxNCpu, "the CPU");
+  check_sizes(batch, n, ses::kMaxNCpu, itemsize, "the CPU");
+  if (batch > 0) check_not_null("a, w and v", {a, w, v});
   check_threads(threads);
   const py::gil_scoped_release release;
   with_number(itemsize, [&](auto number) {
@@ -85,8 +83,9 @@ int max_n_cuda(int device, int itemsize) {
 
 void eigh_cuda(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n,
                int itemsize, int device, std::uintptr_t stream) {
-  check_sizes(a, w, v, batch, n, itemsize, max_n_cuda(device, itemsize),
+  check_sizes(batch, n, max_n_cuda(device, itemsize), itemsize,
               "CUDA device " + std::to_string(device));
+  if (batch > 0) check_not_null("a, w and v", {a, w, v});
   const py::gil_scoped_release release;
   with_number(itemsize, [&](auto number) {
     using T = decltype(number);
@@ -191,7 +190,7 @@ std::vector<ses::GramLayer<K, M>> gram_layers(const std::vector<LayerTuple>& tup
   std::vector<ses::GramLayer<K, M>> layers;
   for (const auto& [gram, h, m, batch, n, center] : tuples) {
     check_not_null("gram and h", {gram, h});
-    check_sizes(gram, h, gram, batch, n, sizeof(K), max_n, "this device");
+    check_sizes(batch, n, max_n, sizeof(K), "this device");
     layers.push_back({pointer<const K>(gram), pointer<M>(h), pointer<M>(m), batch, n, center});
   }
   return layers;
@@ -230,8 +229,7 @@ std::vector<ses::SampleLayer<T>> sample_layers(const std::vector<SampleTuple>& t
     check_not_null("scale and h", {scale, h});
     const long n = by_samples ? rows : columns;
     const auto of_x = samples<T>(x, matrix_stride, row_stride, batch, rows, columns);
-    check_sizes(x, scale, h, batch, static_cast<int>(std::min<long>(n, INT_MAX)), sizeof(T),
-                INT_MAX - 1, "the CPU");
+    check_sizes(batch, n, INT_MAX, sizeof(T), "the CPU");
     layers.push_back({of_x,
                       side_of(by_samples),
                       pointer<T>(location),
