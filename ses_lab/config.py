@@ -18,6 +18,8 @@ the mapping are its parameters, checked against the signature of what the name s
 are the keys of the registries (``DATASETS``, ``MODELS``, ``LOSSES``, ``AUGMENTATIONS``,
 ``DISTILLERS``).
 
+``vit_tiny:depth=4,patch=2`` is the same in one word, for flags and for ``ses-lab probe``.
+
 ``load(file, environment, flags)``: the file is overruled by ``SES_LAB__OPTIMIZER__LR=0.2``, and
 that by flags, dotted keys such as ``optimizer.lr``. ``merge(document, changes)`` is that rule for
 plain mappings and is what a grid is made with: a variant is a mapping of changes, a run is
@@ -32,16 +34,25 @@ it (``regime: {name: distill, distiller: kd, a: 0.9}``).
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ses_lab.names import ConfigError, check_params, lookup, unknown
-from ses_lab.options import REGIME_NAMES, Choice, DatasetChoice, Regime, Source, Strict, Supervised
+from ses_lab.options import (
+    REGIME_NAMES,
+    REGIMES,
+    Choice,
+    DatasetChoice,
+    Regime,
+    Source,
+    Strict,
+    Supervised,
+)
+from ses_lab.values import parse_choice, parse_yaml
 
 
 class Regularizer(Strict):
@@ -79,7 +90,7 @@ class RunConfig(Strict):
     @classmethod
     def _names(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and isinstance(regime := value.get("regime"), (str, Mapping)):
-            regime = {"name": regime} if isinstance(regime, str) else regime
+            regime = parse_choice(regime) if isinstance(regime, str) else regime
             if regime.get("name") not in REGIME_NAMES:
                 raise ValueError(unknown("regime", str(regime.get("name")), REGIME_NAMES))
             value = {**value, "regime": regime}
@@ -153,62 +164,74 @@ class RunConfig(Strict):
 # ---- names and parameters against the registries ----
 
 
-def _check_registries(config: RunConfig) -> None:
+class Registry(NamedTuple):
+    """What a configuration chooses by name, and the arguments that are not the user's."""
+
+    entries: Mapping[str, Callable]
+    given: tuple[str, ...] = ()
+
+    def check(self, kind: str, chosen: Choice) -> None:
+        """ConfigError for an unknown name or parameter, with the nearest there is."""
+        function = lookup(kind, self.entries, chosen.name)
+        check_params(f"{kind} {chosen.name}", function, chosen.params, self.given)
+
+
+def registries() -> dict[str, Registry]:
+    """Kind -> registry, of all that a configuration names."""
     # Imported here: torch takes seconds, which the command line's help should not.
     from ses_kernels import SESRegularizer
     from ses_lab import augment, data, distill, losses, models, optim, sinks
 
-    def choice(kind: str, table: Mapping[str, Any], chosen: Choice, *given: str) -> None:
-        function = lookup(kind, table, chosen.name)
-        check_params(f"{kind} {chosen.name}", function, chosen.params, given)
+    regimes = {kind.model_fields["name"].default: kind for kind in REGIMES}
+    batch = ("images", "targets", "generator")
+    return {
+        "dataset": Registry(data.DATASETS, ("name", "root", "download")),
+        "model": Registry(models.MODELS, ("normalize", "classes")),
+        "loss": Registry(losses.LOSSES, ("logits", "targets")),
+        "regime": Registry(regimes, ("name",)),
+        "distiller": Registry(distill.DISTILLERS, ("student", "teacher")),
+        "regularizer": Registry(
+            {"ses": SESRegularizer, "spectral_norm": optim.spectral_norm, "sam": optim.SAM},
+            ("model", "process_group", "optimizer"),
+        ),
+        "augmentation": Registry(augment.AUGMENTATIONS, batch),
+        "optimizer": Registry(optim.OPTIMIZERS, ("params",)),
+        "schedule": Registry(optim.SCHEDULES, ("t",)),
+        "sink": Registry(sinks.SINKS),
+    }
 
-    choice("dataset", data.DATASETS, config.dataset, "name", "root", "download")
+
+def _check_registries(config: RunConfig) -> None:
+    known = registries()
+    chosen = [(kind, getattr(config, kind)) for kind in ("dataset", "loss", "optimizer")]
     if ":" not in config.model.name:  # an importable model: its own constructor complains
-        choice("model", models.MODELS, config.model, "normalize", "classes")
-    choice("loss", losses.LOSSES, config.loss, "logits", "targets")
-    for augmentation in config.augmentation:
-        given = ("images", "targets", "generator")
-        choice("augmentation", augment.AUGMENTATIONS, augmentation, *given)
+        chosen.append(("model", config.model))
+    chosen += [("augmentation", choice) for choice in config.augmentation]
     if config.regime.name == "distill":
-        choice("distiller", distill.DISTILLERS, config.regime.distiller, "student", "teacher")
-    choice("optimizer", optim.OPTIMIZERS, config.optimizer, "params")
+        chosen.append(("distiller", config.regime.distiller))
     params = {name: value for name, value in config.schedule.params.items() if name != "warmup"}
-    choice("schedule", optim.SCHEDULES, Choice(name=config.schedule.name, **params), "t")
-    for sink in config.sinks:
-        choice("sink", sinks.SINKS, sink)
-    for name, function, given in (
-        ("ses", SESRegularizer, ("model", "process_group")),
-        ("spectral_norm", optim.spectral_norm, ("model",)),
-        ("sam", optim.SAM, ("optimizer",)),
-    ):
-        check_params(
-            f"regularizer.{name}", function, getattr(config.regularizer, name) or (), given
-        )
+    chosen.append(("schedule", Choice(name=config.schedule.name, **params)))
+    chosen += [("sink", choice) for choice in config.sinks]
+    for kind, choice in chosen:
+        known[kind].check(kind, choice)
+    regularizers = known["regularizer"]
+    for name, function in regularizers.entries.items():
+        params = getattr(config.regularizer, name) or ()
+        check_params(f"regularizer.{name}", function, params, regularizers.given)
 
 
 # ---- file < environment < flags ----
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 wants 5.0e-4 and reads 5e-4 as a string; YAML 1.2 and people mean a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+BY_LAYER = ("alpha", "beta")  # of SESRegularizer: a number, or one for each glob of layers
 
 
 def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``document`` with ``changes``, whose keys may be dotted (``optimizer.lr``).
 
     Mappings merge key by key, and anything else replaces. A change of ``name`` replaces the whole
-    mapping, since parameters belong to what is named.
+    mapping, since parameters belong to what is named. Under :data:`BY_LAYER` a dot is part of the
+    name or glob of a layer: ``regularizer.ses.beta.layer4.*`` is one of four keys.
     """
     result = dict(document)
     for dotted, value in changes.items():
@@ -216,12 +239,12 @@ def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         value = {rest: value} if rest else value
         before = result.get(key)
         if isinstance(value, Mapping):
-            before = {"name": before} if isinstance(before, str) else before
+            before = parse_choice(before) if isinstance(before, str) else before
             if not isinstance(before, Mapping) or value.get(
                 "name", before.get("name")
             ) != before.get("name"):
                 before = {}
-            result[key] = merge(before, value)
+            result[key] = {**before, **value} if key in BY_LAYER else merge(before, value)
         else:
             result[key] = value
     return result

@@ -21,16 +21,28 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     )
 
 
-def check_params(where: str, function: Callable, params: Iterable[str], given: Iterable[str] = ()):
-    """ValueError for a parameter that ``function`` does not take; ``given`` are not the user's."""
+REQUIRED = inspect.Parameter.empty  # in the place of a default
+
+
+def parameters(function: Callable, given: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Parameter -> default of what can be chosen by name; None where it takes any.
+
+    ``given`` are not the user's to choose.
+    """
     signature = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in signature):
-        return
+        return None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    known = [p.name for p in signature if p.kind not in positional and p.name not in given]
-    for name in params:
+    return {p.name: p.default for p in signature if p.kind not in positional
+            and p.name not in given}  # fmt: skip
+
+
+def check_params(where: str, function: Callable, params: Iterable[str], given: Iterable[str] = ()):
+    """ConfigError for a parameter that ``function`` does not take; see :func:`parameters`."""
+    known = parameters(function, given)
+    for name in params if known is not None else ():
         if name not in known:
-            raise ValueError(f"{where}: {unknown('parameter', name, known or ['none'])}")
+            raise ConfigError(f"{where}: {unknown('parameter', name, known or ['none'])}")
 
 
 def lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:

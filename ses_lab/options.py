@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ses_lab.names import unknown
+from ses_lab.values import parse_choice
 
 
 class Strict(BaseModel):
@@ -25,7 +26,7 @@ class Strict(BaseModel):
 
 
 class Choice(Strict):
-    """``name`` and the parameters of what it names; a bare string is a name without any."""
+    """``name`` and the parameters of what it names; or both as a string, ``focal:gamma=2``."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
@@ -33,7 +34,7 @@ class Choice(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        return parse_choice(value) if isinstance(value, str) else value
 
     @property
     def params(self) -> dict[str, Any]:
@@ -62,6 +63,8 @@ class Source(Strict):
 
 
 class Supervised(Strict):
+    """The loss of the labels."""
+
     name: Literal["supervised"] = "supervised"
 
 
@@ -111,8 +114,6 @@ class Distill(Strict):
     a: float = Field(0.5, ge=0, le=1)
 
 
-Regime = Annotated[
-    Supervised | MaskedImageModelling | Finetune | Multitask | Adversarial | Distill,
-    Field(discriminator="name"),
-]
-REGIME_NAMES = ("supervised", "mim", "finetune", "multitask", "adversarial", "distill")
+REGIMES = (Supervised, MaskedImageModelling, Finetune, Multitask, Adversarial, Distill)
+REGIME_NAMES = tuple(regime.model_fields["name"].default for regime in REGIMES)
+Regime = Annotated[Union[REGIMES], Field(discriminator="name")]  # noqa: UP007

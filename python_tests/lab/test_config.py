@@ -132,3 +132,22 @@ def test_merge():
         "regularizer": {"ses": None}
     }
     assert document == before
+
+
+def test_globs_of_layers_keep_their_dots():
+    document = {"regularizer": {"ses": {"beta": {"layer3.*": 0.6}}}}
+    merged = merge(document, {"regularizer.ses.beta.layer4.*": 0.8, "regularizer.ses.alpha": 2})
+    assert merged["regularizer"]["ses"] == {
+        "beta": {"layer3.*": 0.6, "layer4.*": 0.8}, "alpha": 2,
+    }  # fmt: skip
+    assert merge(merged, {"regularizer.ses": {"beta": 0.5}})["regularizer"]["ses"]["beta"] == 0.5
+    chosen = parse(**{"regularizer.ses": {"alpha": {"layer1.*": 0, "layer2.0": 3}}})
+    assert chosen.regularizer.ses["alpha"] == {"layer1.*": 0, "layer2.0": 3}
+
+
+def test_a_choice_in_one_word():
+    chosen = parse(loss="focal:gamma=3", augmentation=["mixup:alpha=0.2"], regime="mim:mask=0.5")
+    assert (chosen.loss.params, chosen.augmentation[0].params) == ({"gamma": 3}, {"alpha": 0.2})
+    assert chosen.regime.mask == 0.5
+    changed = merge({"loss": "focal:gamma=3"}, {"loss.gamma": 4})
+    assert changed["loss"] == {"name": "focal", "gamma": 4}

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-LAYERS = ["names", "options", "networks", "models", "data.dataset", "data.download", "data.bundled",
-          "data.archives", "data", "data.__main__", "losses", "augment", "optim", "distill",
-          "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
-          "probes.representation", "probes", "spectra", "sinks", "config", "folder", "regimes",
-          "build", "engine", "training", "measure", "experiments", "results", "figures", "report",
-          "launch", "cli", "__main__"]  # fmt: skip
+LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
+          "data.download", "data.bundled", "data.archives", "data", "data.__main__",
+          "losses", "augment", "optim", "distill", "probes.common", "probes.attacks",
+          "probes.corruption", "probes.geometry", "probes.representation", "probes",
+          "spectra", "sinks", "config", "folder", "regimes", "build", "engine",
+          "training", "measure", "experiments", "results", "figures",
+          "report", "launch", "cli", "__main__"]  # fmt: skip
 
 
 def imports_of(path):
