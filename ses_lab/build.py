@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ses_kernels import SESRegularizer
 from ses_lab import data, models, optim
+from ses_lab.augment import AUGMENTATIONS
 from ses_lab.config import ConfigError, RunConfig, Source
 from ses_lab.data import Dataset, Split
 from ses_lab.folder import RunFolder
 from ses_lab.losses import LOSSES
+from ses_lab.names import lookup
 from ses_lab.regimes import REGIMES, Supervised
 
 EVALUATION_BATCH = 512
@@ -38,11 +42,13 @@ def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_config_error(what: str) -> Iterator[None]:
-    """What the constructors say of values that fit no schema."""
+def as_config_error(what: str) -> Iterator[None]:
+    """What functions say of values that no schema knows to be wrong, with where they were given."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{what}: {error}") from error
 
 
@@ -50,7 +56,7 @@ def dataset(config: RunConfig) -> tuple[Dataset, Split | None]:
     """The data, and the share ``config.validation`` of its training set, taken out of it."""
     chosen = config.dataset
     root = {} if chosen.root is None else {"root": chosen.root}
-    with _as_config_error(f"dataset {chosen.name}"):
+    with as_config_error(f"dataset {chosen.name}"):
         loaded = data.load(chosen.name, download=chosen.download, **root, **chosen.params)
     held_out = round(config.validation * len(loaded.train.labels))
     if not config.validation:
@@ -70,7 +76,7 @@ def _fresh(config: RunConfig, dataset: Dataset) -> nn.Module:
     images = dataset.train.images
     sample = pixels(images[:: max(1, len(images) // 5000)])  # 5000 images tell the mean and std
     axes = [axis for axis in range(sample.dim()) if axis != 1]
-    with _as_config_error(f"model {config.model.name} on {dataset.name}"):
+    with as_config_error(f"model {config.model.name} on {dataset.name}"):
         return models.build(
             config.model.name,
             channels=images.shape[1],
@@ -88,9 +94,14 @@ def model(config: RunConfig, dataset: Dataset) -> nn.Module:
     network = _fresh(config, dataset)
     if config.init_from is not None:
         _start_from(network, config.init_from)
-    if config.regularizer.spectral_norm is not None:
-        optim.spectral_norm(network, **config.regularizer.spectral_norm)
+    _normalise(config, network)
     return network
+
+
+def _normalise(config: RunConfig, network: nn.Module) -> None:
+    if config.regularizer.spectral_norm is not None:
+        with as_config_error("regularizer.spectral_norm"):
+            optim.spectral_norm(network, **config.regularizer.spectral_norm)
 
 
 def _start_from(network: nn.Module, source: Source) -> None:
@@ -125,7 +136,7 @@ def load_weights(regime: Supervised, state: Mapping[str, Mapping[str, Tensor]]) 
 def load(folder: str | Path | RunFolder, weights: str) -> dict[str, Any]:
     """The file of a run's "best" or "last" weights."""
     folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
-    return folder.load({"best": "best.pt", "last": "checkpoint.pt"}[weights])
+    return folder.load(lookup("weights", {"best": "best.pt", "last": "checkpoint.pt"}, weights))
 
 
 def trained(folder: str | Path, weights: str = "last") -> nn.Module:
@@ -136,8 +147,7 @@ def trained(folder: str | Path, weights: str = "last") -> nn.Module:
     config = RunFolder(folder).config()
     with torch.random.fork_rng(devices=[]):
         network = _fresh(config, dataset(config)[0])
-        if config.regularizer.spectral_norm is not None:
-            optim.spectral_norm(network, **config.regularizer.spectral_norm)
+        _normalise(config, network)
     network.load_state_dict(load(folder, weights)["model"])
     return network.eval()
 
@@ -155,13 +165,14 @@ def regime(config: RunConfig, dataset: Dataset, network: nn.Module) -> Supervise
     device = next(network.parameters()).device
     example = pixels(dataset.train.images[:8], device)
     teacher = trained(config.teacher.run, config.teacher.weights) if config.teacher else None
-    return REGIMES[config.regime.name](
-        config.regime,
-        network,
-        loss(config, dataset),
-        example,
-        None if teacher is None else teacher.to(device),
-    ).to(device)
+    with as_config_error(f"regime {config.regime.name}"):
+        return REGIMES[config.regime.name](
+            config.regime,
+            network,
+            loss(config, dataset),
+            example,
+            None if teacher is None else teacher.to(device),
+        ).to(device)
 
 
 def shaping(
@@ -171,7 +182,8 @@ def shaping(
     if config.regularizer.ses is None:
         return None
     options = {"layers": network.ses_layers, **config.regularizer.ses}
-    return SESRegularizer(network, process_group=group, **options)
+    with as_config_error("regularizer.ses"):
+        return SESRegularizer(network, process_group=group, **options)
 
 
 def optimizer(
@@ -179,7 +191,41 @@ def optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Optimiser and schedule, to be stepped ``steps`` times; ``schedule.warmup`` is a share."""
     params = {"lr": 0.1, **config.optimizer.params}
-    built = optim.optimizer(config.optimizer.name, regime.groups(params["lr"]), **params)
+    with as_config_error(f"optimizer {config.optimizer.name}"):
+        built = optim.optimizer(config.optimizer.name, regime.groups(params["lr"]), **params)
     options = config.schedule.params
-    warmup = round(options.pop("warmup", 0) * steps)
-    return built, optim.schedule(config.schedule.name, built, steps, warmup=warmup, **options)
+    with as_config_error(f"schedule {config.schedule.name}"):
+        warmup = round(options.pop("warmup", 0) * steps)
+        return built, optim.schedule(config.schedule.name, built, steps, warmup=warmup, **options)
+
+
+def check(config: RunConfig, dataset: Dataset, regime: Supervised) -> None:
+    """Tries on a few samples what only the first step would: SES, augmentations, the loss.
+
+    Nothing of ``regime`` and of the generators is changed by it. Cost: one pass of 8 samples.
+
+    Raises:
+        ConfigError: a value that the functions refuse, with their reason.
+    """
+    device = next(regime.parameters()).device
+    images = pixels(dataset.train.images[:8], device)
+    targets = F.one_hot(dataset.train.labels[:8].to(device), len(dataset.classes)).float()
+    devices = [device] if device.type == "cuda" else []
+    buffers = [(buffer, buffer.clone()) for buffer in regime.buffers()]
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of 8 samples: not the user's batch
+        with as_config_error(f"loss {config.loss.name}"):
+            loss(config, dataset)(torch.zeros_like(targets), targets)
+        if config.regularizer.ses is not None:
+            with shaping(config, regime.model, None) as ses, as_config_error("regularizer.ses"):
+                regime.model.train()
+                regime.model(images)
+                ses.loss()
+        for choice in config.augmentation:
+            with as_config_error(f"augmentation {choice.name}"):
+                generator = torch.Generator(device).manual_seed(0)
+                augment = AUGMENTATIONS[choice.name]
+                images, targets = augment(images, targets, generator, **choice.params)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)

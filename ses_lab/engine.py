@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import resource
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from ses_lab import build, optim
 from ses_lab.augment import AUGMENTATIONS
 from ses_lab.config import ConfigError, RunConfig
 from ses_lab.data import Split
+from ses_lab.regimes import exact
 from ses_lab.sinks import Sink
 
 
@@ -45,11 +48,40 @@ class Ranks(NamedTuple):
 
 
 def device_of(config: RunConfig) -> torch.device:
-    """The device that the configuration names; "auto" is the GPU of this rank, or else the CPU."""
-    if config.device != "auto":
-        return torch.device(config.device)
-    local = os.environ.get("LOCAL_RANK", 0)
-    return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    """The device that the configuration names: "cuda" is the GPU of this rank.
+
+    "auto" is "cuda" where there is one, else "mps", Apple's, else "cpu". ConfigError for a name
+    that PyTorch does not know and for a device that is not there.
+    """
+    name = config.device
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    with build.as_config_error(f"device {name}"):
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        there = {"cpu": 1, "cuda": torch.cuda.device_count(),
+                 "mps": int(torch.backends.mps.is_available())}  # fmt: skip
+        if (device.index or 0) >= there.get(device.type, 0):
+            found = ", ".join(f"{count} {kind}" for kind, count in there.items())
+            raise ConfigError(f"device: there is no {name} here, but {found}")
+    return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most that tensors took since :func:`ranks`; on mps what they take now.
+
+    On the CPU the most that this process had in memory since it began, code and data included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # no peak is kept there
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else 1024 * resident  # Linux counts KiB
 
 
 def ranks(config: RunConfig) -> Ranks:
@@ -57,6 +89,7 @@ def ranks(config: RunConfig) -> Ranks:
     device = device_of(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks(0, 1, device, None)
     if not dist.is_initialized():  # once a process: torchrun's store admits no second group
@@ -90,11 +123,13 @@ class Training:
 
         self.model = build.model(config, dataset).to(ranks.device)
         self.regime = build.regime(config, dataset, self.model)
+        build.check(config, dataset, self.regime)
         self.ses = build.shaping(config, self.model, ranks.group)
         self.steps = config.epochs * self.batches * self.regime.replays
         self.optimizer, self.schedule = build.optimizer(config, self.regime, self.steps)
         sam = config.regularizer.sam
-        self.stepper = self.optimizer if sam is None else optim.SAM(self.optimizer, **sam)
+        with build.as_config_error("regularizer.sam"):
+            self.stepper = self.optimizer if sam is None else optim.SAM(self.optimizer, **sam)
         self.generator = torch.Generator(ranks.device)
         self.module: nn.Module = self.regime
 
@@ -163,7 +198,7 @@ class Training:
         for number, indices in enumerate(self.order(epoch)):
             for replay in range(self.regime.replays):
                 for name, value in self.step(epoch, number, replay, indices).items():
-                    totals[name] = totals.get(name, 0) + value.double()
+                    totals[name] = totals.get(name, 0) + exact(value)
                 for sink in sinks:
                     sink.advance(len(indices))
         sums = self.ranks.total(torch.stack(list(totals.values())))
@@ -201,7 +236,7 @@ class Training:
 
 @torch.no_grad()
 def evaluate(regime: nn.Module, split: Split, seed: int) -> dict[str, Tensor]:
-    """Sums over a split, float64, in eval mode."""
+    """Sums over a split, in eval mode, in the dtype of :func:`ses_lab.regimes.exact`."""
     regime.eval()
     device = split.labels.device
     generator = torch.Generator(device)
@@ -211,5 +246,5 @@ def evaluate(regime: nn.Module, split: Split, seed: int) -> dict[str, Tensor]:
         images, labels = build.pixels(split.images[rows], device), split.labels[rows]
         generator.manual_seed(build.seed_of(seed, "evaluate", start))
         for name, mean in regime.evaluate(images, labels, generator).items():
-            totals[name] = totals.get(name, 0) + mean.double() * len(labels)
+            totals[name] = totals.get(name, 0) + exact(mean) * len(labels)
     return totals

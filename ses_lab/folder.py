@@ -2,7 +2,8 @@
 
 ============================  ====================================================================
 ``config.yaml``               the RunConfig
-``status.json``               state: running, finished or failed; progress, last metrics, versions
+``status.json``               state: running, finished or failed; progress, last metrics, versions,
+                              peak memory of the device in bytes
 ``metrics.jsonl``             one row per epoch
 ``checkpoint.pt``             everything needed to go on, and how many rows are its own
 ``best.pt``                   weights of the epoch of best validation (else test) accuracy

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
 from ses_lab import build, engine, optim
-from ses_lab.config import Choice, RunConfig
+from ses_lab.config import Choice, Registry, RunConfig
 from ses_lab.data import Split
 from ses_lab.folder import RunFolder, write_json
-from ses_lab.names import check_params, lookup
-from ses_lab.probes import PROBES
+from ses_lab.probes import GIVEN, PROBES
 from ses_lab.regimes import REGIMES
 
 
@@ -51,9 +50,7 @@ def probe(
     folder = RunFolder(folder)
     config = folder.config()
     for choice in probes:
-        function = lookup("probe", PROBES, choice.name)
-        given = ("model", "images", "labels", "generator")
-        check_params(f"probe {choice.name}", function, choice.params, given)
+        Registry(PROBES, GIVEN).check("probe", choice)
     dataset, _ = build.dataset(config)
     device = engine.device_of(config)
     model = build.trained(folder.path, weights).to(device)
@@ -61,8 +58,10 @@ def probe(
     found = {}
     for choice in probes:
         generator = torch.Generator().manual_seed(build.seed_of(config.seed, choice.slug))
-        function = PROBES[choice.name]
-        found[choice.slug] = function(model, images, labels, generator, **choice.params)
+        with build.as_config_error(f"probe {choice.name}"):
+            found[choice.slug] = PROBES[choice.name](
+                model, images, labels, generator, **choice.params
+            )
     with folder.claim(config):
         write_json(folder / "probes.json", {**folder.read_json("probes.json"), **found})
     return found
@@ -86,18 +85,20 @@ def lr_find(config: RunConfig, **options: Any) -> list[dict[str, float]]:
             epoch, number, indices = next(places)
             return training.step(epoch, number, 0, indices)["loss"].item()
 
-        return optim.lr_range_test(step, training.optimizer, **options)
+        with build.as_config_error("lr-find"):
+            return optim.lr_range_test(step, training.optimizer, **options)
 
 
-def lr_plot(rows: Sequence[dict[str, float]]) -> Figure:
-    """Loss against learning rate; a line where the smoothed loss falls fastest."""
+def lr_plot(runs: Mapping[int, Sequence[dict[str, float]]]) -> Figure:
+    """Loss against learning rate, of each seed; a line where the smoothed loss falls fastest."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     panel = figure.subplots()
-    rates = [row["lr"] for row in rows]
-    panel.plot(rates, [row["loss"] for row in rows], ".", markersize=3, label="loss")
-    panel.plot(rates, [row["smooth"] for row in rows], label="smoothed")
-    best = optim.steepest(rows)
-    panel.axvline(best, linestyle=":", label=f"steepest: {best:.2g}")
+    for i, (seed, rows) in enumerate(runs.items()):
+        rates, color = [row["lr"] for row in rows], f"C{i % 10}"
+        panel.plot(rates, [row["loss"] for row in rows], ".", markersize=3, color=color)
+        panel.plot(rates, [row["smooth"] for row in rows], color=color, label=f"seed {seed}")
+        best = optim.steepest(rows)
+        panel.axvline(best, linestyle=":", color=color, label=f"steepest: {best:.2g}")
     panel.set(xscale="log", xlabel="learning rate", ylabel="training loss")
     panel.legend()
     return figure

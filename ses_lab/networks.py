@@ -114,6 +114,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
+    """Stages of residual blocks; each but the first halves the side and doubles the width."""
+
     classifier, ses_layers = "fc", None
 
     def __init__(
@@ -164,6 +166,8 @@ class WideBasicBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
+    """Three stages of (depth - 4) / 6 blocks, ``widen`` times as wide as those of a ResNet."""
+
     stages, classifier, ses_layers = ("layer1", "layer2", "layer3"), "fc", None
 
     def __init__(

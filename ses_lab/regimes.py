@@ -24,6 +24,11 @@ from ses_lab.probes.attacks import attack
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def exact(x: Tensor) -> Tensor:
+    """In float64, which sums of many numbers need; in float32 on mps, which has no other."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 class Supervised(nn.Module):
     """The loss of the labels; also what the other regimes start from.
 
@@ -57,7 +62,7 @@ class Supervised(nn.Module):
         """Means over a batch in eval mode, without gradients: cross-entropy and accuracy."""
         logits = self.model(images)
         correct = logits.argmax(1) == labels
-        return {"loss": F.cross_entropy(logits, labels), "accuracy": correct.double().mean()}
+        return {"loss": F.cross_entropy(logits, labels), "accuracy": exact(correct).mean()}
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameters for the optimiser, with a learning rate of their own where it differs."""

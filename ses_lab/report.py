@@ -25,11 +25,12 @@ included. Published numbers belong to other data and networks than ours at scale
 """
 
 
-def write(folder: str | os.PathLike) -> Path:
+def write(folder: str | os.PathLike, seeds: Sequence[int] = ()) -> Path:
     """``report.md``, ``report.csv``, ``report.json`` and figures in ``folder/report``; the first.
 
     ``folder`` is what :func:`ses_lab.experiments.run` wrote to, several experiments and scales; it
-    may be unfinished. Cost: reads every run's metrics and probes, trains nothing.
+    may be unfinished. ``seeds`` are those to take, all if there are none. Cost: reads every run's
+    metrics and probes, trains nothing.
 
     Raises:
         ConfigError: there is no experiment in it.
@@ -37,7 +38,7 @@ def write(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     found: dict[str, list[Results]] = {}
     for path in sorted(folder.glob("*/*/experiment.yaml")):
-        results = collect(path.parent)
+        results = collect(path.parent, seeds)
         found.setdefault(results.experiment.name, []).append(results)
     if not found:
         raise ConfigError(f"no */*/experiment.yaml in {folder}: run an experiment there first")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +37,15 @@ class Results(NamedTuple):
         return sum(map(len, self.runs.values()))
 
 
-def collect(root: Path) -> Results:
-    """The numbers of every finished run below ``root``; see :data:`ses_lab.experiments.METRICS`."""
+def collect(root: Path, seeds: Sequence[int] = ()) -> Results:
+    """The numbers of every finished run below ``root``; see :data:`ses_lab.experiments.METRICS`.
+
+    Of ``seeds`` only, where there are any.
+    """
     experiment = experiments.saved(root / "experiment.yaml")
+    if seeds:
+        chosen = tuple(seed for seed in experiment.seeds if seed in seeds)
+        experiment = experiment.model_copy(update={"seeds": chosen})
     runs: dict[str, dict[int, dict[str, float]]] = {v: {} for v in experiment.variants}
     slugs = {Choice(name=n, **params).slug: n for n, params in experiment.probes.items()}
     for path, config in experiment.runs(root).items():
@@ -48,6 +54,8 @@ def collect(root: Path) -> Results:
             continue
         rows = run.rows()
         numbers = {"seconds": float(np.median([row["seconds"] for row in rows]))}
+        if peak := run.status().get("peak_memory"):
+            numbers["memory"] = peak / 2**20
         if "test_accuracy" in rows[-1]:  # masked-image modelling has none
             accuracies = [row["test_accuracy"] for row in rows]
             numbers["accuracy"] = 100 * accuracies[-1]

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ses_kernels import spectral_entropies
+from ses_lab.names import ConfigError
 
 Source = nn.Module | Mapping[str, Any]
 
@@ -38,12 +39,29 @@ class PowerLaw:
 
 
 def load(path: str | Path) -> Mapping[str, Any]:
-    """A checkpoint (``.safetensors``, or ``torch.save`` read with weights_only=True) on the CPU."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """A checkpoint (``.safetensors``, or ``torch.save`` read with weights_only=True) on the CPU.
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    Raises:
+        FileNotFoundError: there is none.
+        ConfigError: the file is something else, or holds more than tensors and containers.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a file of another kind can make a parser raise anything
+        raise ConfigError(
+            f"{path} is no checkpoint of tensors: neither .safetensors nor what torch.save wrote "
+            f"without other objects in it ({type(error).__name__})"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"{path} holds no state dict but {type(state).__name__}")
+    return state
 
 
 def matrices(source: Source) -> dict[str, Tensor]:
@@ -55,7 +73,7 @@ def matrices(source: Source) -> dict[str, Tensor]:
     it is the weight before the division: all but its norms are the same.
 
     Raises:
-        ValueError: there is none.
+        ConfigError: there is none.
     """
     state = source.state_dict() if isinstance(source, nn.Module) else source
     for key in ("model", "state_dict"):
@@ -70,7 +88,7 @@ def matrices(source: Source) -> dict[str, Tensor]:
         if value.is_floating_point() and min(matrix.shape) > 1:
             found |= _split(name, matrix)
     if not found:
-        raise ValueError(
+        raise ConfigError(
             f"no weight matrix among {list(state)[:10]}; expected a module, a state dict, or a "
             "checkpoint that holds one as 'model' or 'state_dict'"
         )

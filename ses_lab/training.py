@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 import ses_kernels
 from ses_lab import build, spectra
 from ses_lab.config import RunConfig
-from ses_lab.engine import Ranks, Training, ranks
+from ses_lab.engine import Ranks, Training, peak_memory, ranks
 from ses_lab.folder import RunFolder, atomic, write_json
 from ses_lab.sinks import SINKS, Sink
 
@@ -48,12 +48,16 @@ def run(config: RunConfig, folder: str | os.PathLike, sinks: Sequence[Sink] = ()
         sinks: told of every step and every epoch, in rank 0, like those of ``config.sinks``.
 
     Raises:
+        ConfigError: the configuration does not fit its data and model; the folder stays free.
         FolderInUseError, OtherRunError: see :meth:`RunFolder.claim`.
         DivergedError: the loss is no longer finite. Like any other error it leaves the state
             "failed", and a later start goes on from the last checkpoint.
     """
     folder, here = RunFolder(folder), ranks(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_deterministic(here.device))
+        # Before the folder is claimed: a configuration that fits no model does not stay in it.
+        training = None if folder.finished() else Training(config, here)
         refused: Exception | None = None
         if here.main:
             try:
@@ -64,10 +68,9 @@ def run(config: RunConfig, folder: str | os.PathLike, sinks: Sequence[Sink] = ()
             raise refused
         if here.share(folder.finished()):
             return folder.rows()[-1]
-        stack.enter_context(_deterministic(here.device))
         try:
             ours = [SINKS[choice.name](**choice.params) for choice in config.sinks]
-            return _train(config, folder, here, [*ours, *sinks] if here.main else ())
+            return _train(training, folder, here, [*ours, *sinks] if here.main else ())
         except BaseException as error:
             if here.main:
                 state = "failed" if isinstance(error, Exception) else "interrupted"
@@ -95,9 +98,9 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _train(
-    config: RunConfig, folder: RunFolder, here: Ranks, sinks: Sequence[Sink]
+    training: Training, folder: RunFolder, here: Ranks, sinks: Sequence[Sink]
 ) -> dict[str, Any]:
-    training = Training(config, here)
+    config = training.config
     done, best = 0, None
     if (folder / "checkpoint.pt").exists():
         state = folder.load("checkpoint.pt")
@@ -169,7 +172,8 @@ def _commit(
         best = {"epoch": epoch, "value": value}
         folder.save("best.pt", {**build.weights(training.regime), "epoch": epoch})
     folder.save("checkpoint.pt", {**training.state_dict(), "epoch": epoch, "best": best})
-    folder.write_status(epoch=epoch, best=best, last=row)
+    memory = max(folder.status().get("peak_memory", 0), peak_memory(training.ranks.device))
+    folder.write_status(epoch=epoch, best=best, last=row, peak_memory=memory)
     return best
 
 

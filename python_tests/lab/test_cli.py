@@ -11,6 +11,7 @@ from ses_lab import cli, training
 from ses_lab.config import ConfigError, RunConfig
 from ses_lab.folder import RunFolder
 from ses_lab.sinks import Progress
+from ses_lab.values import parse_choice, parse_flags, parse_list, parse_seeds
 
 YAML = """
 dataset: {name: shapes, preset: trivial, samples: 64, size: 8}
@@ -96,15 +97,17 @@ def test_experiments_and_report_are_handed_over(monkeypatch, tmp_path):
 
     calls = []
     monkeypatch.setattr(experiments, "run", lambda *a, **k: calls.append((a, k)) or tmp_path)
-    monkeypatch.setattr(report, "write", lambda folder: tmp_path / "report.md")
-    out = call("run", "dynamics", "--scale", "full", "--out", tmp_path, "--base.epochs", 3)
+    monkeypatch.setattr(report, "write", lambda folder, seeds: tmp_path / f"report-{seeds}.md")
+    flags = ["--base.epochs", 3, "--seeds", "0,1", "--variants", "ses"]
+    out = call("run", "dynamics", "--scale", "full", "--out", tmp_path, *flags)
     assert str(tmp_path) in out.replace("\n", "")
     ((arguments, options),) = calls
     assert arguments == ("dynamics",)
     (progress,) = options.pop("sinks")
     assert isinstance(progress, Progress)
-    assert options == {"scale": "full", "out": tmp_path, "changes": {"base.epochs": 3}}
-    assert "report.md" in call("report", tmp_path).replace("\n", "")
+    changes = {"base.epochs": 3, "seeds": [0, 1]}
+    assert options == {"scale": "full", "out": tmp_path, "changes": changes, "variants": ["ses"]}
+    assert "report-[0, 3].md" in call("report", tmp_path, "--seeds", "0,3").replace("\n", "")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,31 @@ def test_experiments_and_report_are_handed_over(monkeypatch, tmp_path):
         (["train", "{}.yaml", "--model.depth", "x"], "model vit_tiny on shapes"),
         (["eval", "nothing"], "nothing holds no run"),
         (["probe", "{}", "pdg"], "did you mean 'pgd'"),
+        (
+            ["probe", "{}", "pgd:step=3"],
+            "probe pgd: unknown parameter 'step'; did you mean 'steps'",
+        ),
+        (["probe", "{}", "pgd:steps"], "unknown probe 'pgd:steps'"),
+        (["probe", "{}", "pgd:norm=l3"], "probe pgd: norm is 'linf' or 'l2', got 'l3'"),
+        (["probe", "{}", "corruption:names=[fog"], "is no YAML"),
+        (["eval", "{}", "--weights", "bset"], "unknown weights 'bset'; did you mean 'best'"),
+        (["spectra", "{}.yaml"], "run.yaml is no checkpoint of tensors"),
+        (["train", "{}.yaml", "--device", "gpu"], "device gpu: "),
+        (
+            ["train", "{}.yaml", "--device", "cuda:99"],
+            "device: there is no cuda:99 here, but 1 cpu",
+        ),
+        (["train", "{}.yaml", "--regularizer.ses.beta", "1.7"], "beta must be between 0 and 1"),
+        (["train", "{}.yaml", "--regularizer.ses.layers", "layer9"], "regularizer.ses: "),
+        (["train", "{}.yaml", "--regularizer.ses", "{{pool: clss}}"], "regularizer.ses: pool"),
+        (["train", "{}.yaml", "--loss", "label_smoothing:smoothing=2"], "loss label_smoothing: "),
+        (["train", "{}.yaml", "--augmentation", "[mixup:alpha=-1]"], "augmentation mixup: "),
+        (["train", "{}.yaml", "--optimizer.lr", "-1"], "optimizer sgd: Invalid learning rate"),
+        (["train", "{}.yaml", "--schedule.warmup", "2"], "schedule cosine: warmup must be in"),
+        (["train", "{}.yaml", "--seeds", "0,x"], "--seeds: expected whole numbers"),
+        (["lr-find", "{}.yaml", "--steps", "1"], "lr-find: need 0 < start < stop and 2 steps"),
+        (["run", "beta", "--variants", "bta=0.3"], "unknown variant 'bta=0.3'; did you mean"),
+        (["list", "model"], "unknown kind 'model'; did you mean 'models'"),
     ],
 )
 def test_errors_are_one_line(arguments, message, folder, monkeypatch, tmp_path):
@@ -126,6 +154,60 @@ def test_errors_are_one_line(arguments, message, folder, monkeypatch, tmp_path):
         cli.main()
     assert message in str(stopped.value)
     assert "Traceback" not in str(stopped.value)
+    assert not list(tmp_path.rglob("config.yaml"))  # a corrected start is not another run
+
+
+def test_a_word_holds_a_name_and_its_parameters():
+    assert parse_choice("corruption:names=[fog,jpeg],samples=64") == {
+        "name": "corruption", "names": ["fog", "jpeg"], "samples": 64,
+    }  # fmt: skip
+    assert parse_choice("torch.nn:Linear") == {"name": "torch.nn:Linear"}
+    assert parse_list("[0, 1]") == parse_list("0,1") == [0, 1]
+    assert parse_seeds("") == []
+
+
+def test_seeds_of_what_reads_runs(folder, tmp_path):
+    """The same runs by one folder each and by the folder above them."""
+    call("train", folder.parent / "run.yaml", "--method", "m", "--seeds", "3,4", "--out", tmp_path)
+    above = next(tmp_path.rglob("3/config.yaml")).parents[1]
+    both = json.loads(call("eval", above, "--seeds", "3,4"))
+    assert both == {seed: json.loads(call("eval", above / seed)) for seed in ("3", "4")}
+    both = json.loads(call("probe", above, "corruption:names=[fog],severities=[2]", "--seeds", "3"))
+    assert both["3"]["corruption-names=_fog_-severities=_2_"].keys() == {
+        "clean", "fog/2", "fog", "mean",
+    }  # fmt: skip
+    out = call("spectra", above, "--seeds", "3,4", "--save", tmp_path / "s.npz")
+    assert out.count("patch_embed") == 2
+    assert {p.name for p in tmp_path.glob("*.npz")} == {"s-3.npz", "s-4.npz"}
+    flags = ["--seeds", "0,1", "--steps", 12, "--plot", tmp_path / "lr.png"]
+    rates = call("lr-find", folder.parent / "run.yaml", *flags).split("  ")[0].split(", ")
+    assert len(rates) == 2
+
+
+def test_list():
+    out = call("list")
+    words = out.split()
+    for name in (
+        "weight_spectra",
+        "cifar100",
+        "resnet18",
+        "focal",
+        "mim",
+        "pgd",
+        "rkd",
+        "onecycle",
+    ):
+        assert name in words
+    for default in ("gamma=2", "epsilon=0.0313725", "mask=0.6", "embed_dim=192", "beta=0.7"):
+        assert default in out
+    for hidden in ("logits", "generator", "normalize", "process_group"):  # not the user's
+        assert f"{hidden}," not in out
+        assert f"{hidden}=" not in out
+    lines = call("list", "losses").splitlines()
+    assert [line.split()[0] for line in lines if line][:4] == [
+        "losses", "name", "cross_entropy", "focal",
+    ]  # fmt: skip
+    assert "resnet18" not in "".join(lines)
 
 
 def test_help_is_quick():
@@ -137,18 +219,18 @@ def test_help_is_quick():
     done = subprocess.run(
         [sys.executable, "-m", "ses_lab", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("train", "eval", "lr-find", "spectra", "probe", "run", "report"):
+    for command in ("list", "train", "eval", "lr-find", "spectra", "probe", "run", "report"):
         assert f" {command} " in done.stdout
 
 
 def test_flags():
-    assert cli.parse_flags(["--a.b", "1e-2", "--c=[x, y]", "--d={k: null}"]) == {
+    assert parse_flags(["--a.b", "1e-2", "--c=[x, y]", "--d={k: null}"]) == {
         "a.b": 0.01,
         "c": ["x", "y"],
         "d": {"k": None},
     }
     with pytest.raises(ConfigError):
-        cli.parse_flags(["a"])
+        parse_flags(["a"])
 
 
 # ---- sinks ----

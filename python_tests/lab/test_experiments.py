@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ses_lab import build, experiments, measure, spectra, training
+from ses_lab import build, experiments, measure, report, spectra, training
 from ses_lab.config import Choice, ConfigError, merge
 from ses_lab.data.bundled import BUNDLED
 from ses_lab.experiments import load, run
@@ -137,6 +137,22 @@ def test_unknown_names():
         load("beta", "smok")
 
 
+def test_base_and_variants_are_all_that_a_study_needs(tmp_path):
+    file = tmp_path / "my_own.yaml"
+    file.write_text(yaml.safe_dump({key: TOY[key] for key in ("base", "variants")}))
+    experiment = load(str(file))
+    assert (experiment.title, experiment.scale, experiment.seeds) == ("my own", "full", (0,))
+    root = run(str(file), out=tmp_path, changes={"base.epochs": 1})
+    assert root == tmp_path / "my_own" / "full"
+    assert_complete(root)
+    assert "| my_own | 2 of 2 runs | not run |" in report.write(tmp_path).read_text()
+    with pytest.raises(ConfigError, match="unknown scale 'smoke'; there are full"):
+        load(str(file), "smoke")
+    file.write_text(yaml.safe_dump({"base": TOY["base"]}))
+    with pytest.raises(ConfigError, match=r"my_own\.yaml: variants: "):
+        load(str(file))
+
+
 def test_scale_then_environment_then_changes(tmp_path, monkeypatch):
     file = toy(tmp_path)
     assert load(file, "full").base["epochs"] == 2
@@ -170,9 +186,9 @@ def trained(monkeypatch):
     found = []
     real = training._train
 
-    def counted(config, folder, *rest):
+    def counted(training_, folder, *rest):
         found.append(folder.path)
-        return real(config, folder, *rest)
+        return real(training_, folder, *rest)
 
     monkeypatch.setattr(training, "_train", counted)
     return found
@@ -192,6 +208,19 @@ def test_running_again_does_what_is_missing(tmp_path, trained):
     run(file, "smoke", tmp_path / "out", {"probes.collapse": {}, "seeds": [0, 1]})
     assert len(trained) == 4
     assert folder.read_json("probes.json").keys() == {"fgsm-samples=16", "collapse"}
+
+
+def test_some_variants_by_name(tmp_path, trained):
+    file = toy(tmp_path, **{"variants.other": {"clip": 1.0}})
+    root = run(file, "smoke", tmp_path / "out", variants=["ses"])
+    assert [RunFolder(path).config().method for path in trained] == ["ses"]
+    assert collect(root).finished == 1
+    run(file, "smoke", tmp_path / "out")
+    assert len(trained) == 3
+    runs = load("distillation", "smoke").runs(tmp_path, ["kd", "rkd"])
+    assert {config.method for config in runs.values()} == {"teacher", "kd", "rkd"}
+    with pytest.raises(ConfigError, match="unknown variant 'sse'; did you mean 'ses'"):
+        run(file, "smoke", tmp_path / "out", variants=["sse"])
 
 
 def test_a_changed_experiment_is_refused(tmp_path):

@@ -11,7 +11,7 @@ LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
           "losses", "augment", "optim", "distill", "probes.common", "probes.attacks",
           "probes.corruption", "probes.geometry", "probes.representation", "probes",
           "spectra", "sinks", "config", "folder", "regimes", "build", "engine",
-          "training", "measure", "experiments", "results", "figures",
+          "training", "measure", "experiments", "catalogue", "results", "figures",
           "report", "launch", "cli", "__main__"]  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """ses_lab.spectra against powerlaw, WeightWatcher, scipy and the definitions in numpy."""
 
 import io
-import pickle
 
 import numpy as np
 import powerlaw
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ses_lab import models, spectra
+from ses_lab.names import ConfigError
 
 
 def _values(kind: str) -> np.ndarray:
@@ -181,7 +181,7 @@ class _Evil:
 
 def test_loading_runs_no_code(tmp_path, capsys):
     torch.save({"model": _Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ConfigError, match=r"evil\.pt is no checkpoint .*UnpicklingError"):
         spectra.load(tmp_path / "evil.pt")
     assert "executed" not in capsys.readouterr().out
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ses_lab import build, measure, training
 from ses_lab.config import ConfigError, RunConfig, merge
-from ses_lab.engine import Training
+from ses_lab.engine import Training, device_of
 from ses_lab.folder import FolderInUseError, RunFolder
 
 TINY = {"dataset": {"name": "moons", "samples": 96},
@@ -237,6 +237,61 @@ def test_a_folder_in_use_is_refused(tmp_path):
     assert folder.status() == {}
 
 
+def test_a_configuration_that_fits_no_model_leaves_the_folder_free(tmp_path):
+    wrong = RunConfig.parse(merge(TINY, {"regularizer.ses": {"beta": 1.7}}))
+    with pytest.raises(ConfigError, match=r"regularizer\.ses: beta must be between 0 and 1"):
+        training.run(wrong, tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
+    training.run(RunConfig.parse(merge(TINY, {"epochs": 1})), tmp_path)
+    assert RunFolder(tmp_path).finished()
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_tried_before_leaves_no_trace():
+    """Dropout, batch norms and SES are as they would be without."""
+    changes = {"model": {"name": "resnet20", "width": 4}, "augmentation": ["cutmix"]}
+    config = RunConfig.parse(merge(IMAGES, {**changes, "regularizer.ses": {}}))
+    dataset, _ = build.dataset(config)
+    regime = build.regime(config, dataset, build.model(config, dataset))
+    before = {name: value.clone() for name, value in regime.state_dict().items()}
+    random_before = torch.get_rng_state()
+    build.check(config, dataset, regime)
+    assert torch.equal(torch.get_rng_state(), random_before)
+    assert_same(dict(regime.state_dict()), before)
+    assert not any(m._forward_hooks for m in regime.modules())
+
+
+def test_devices(monkeypatch):
+    def device(name):
+        return str(device_of(RunConfig.parse({**TINY, "device": name})))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device("auto") == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device("auto") == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (device("auto"), device("cuda"), device("cuda:0")) == ("cuda:1", "cuda:1", "cuda:0")
+    with pytest.raises(ConfigError, match="device: there is no cuda:2 here, but 1 cpu, 2 cuda"):
+        device("cuda:2")
+
+
+@pytest.mark.cuda
+def test_cuda_without_an_index(tmp_path):
+    training.run(RunConfig.parse({**TINY, "device": "cuda"}), tmp_path)
+    status = RunFolder(tmp_path).status()
+    assert status["device"] == "cuda:0"
+    assert 0 < status["peak_memory"] < 2**30  # of tensors, not of the process
+
+
+def test_peak_memory_is_kept(tmp_path):
+    training.run(RunConfig.parse({**TINY, "epochs": 1}), tmp_path)
+    peak = RunFolder(tmp_path).status()["peak_memory"]
+    assert 50e6 < peak < 1e12  # of a process that has torch in it
+
+
 def test_deterministic_by_seed(tmp_path):
     found = []
     for name, seed in ("a", 1), ("b", 1), ("c", 2):
@@ -378,7 +433,7 @@ def test_lr_find():
     assert rates == sorted(rates)
     assert rates[0] == 1e-4
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert len(measure.lr_plot(rows).axes[0].lines) == 3
+    assert len(measure.lr_plot({0: rows, 1: rows}).axes[0].lines) == 2 * 3
 
 
 def test_probes_are_written(tmp_path):

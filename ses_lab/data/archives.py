@@ -184,6 +184,7 @@ def _cifar(
     root: Path,
     download: bool,
 ) -> Dataset:
+    """CIFAR: 50,000 images to train on and 10,000 to test, (3, 32, 32)."""
     path = _locate(name, archive, root, download)
     with _reading(path):
         files = {
@@ -205,6 +206,7 @@ def _cifar(
 
 
 def _svhn(name: str, root: Path, download: bool) -> Dataset:
+    """Street View House Numbers: 73,257 digits to train on and 26,032 to test, (3, 32, 32)."""
     paths = [_locate(name, archive, root, download) for archive in (SVHN_TRAIN, SVHN_TEST)]
     splits = []
     for path in paths:
@@ -216,6 +218,7 @@ def _svhn(name: str, root: Path, download: bool) -> Dataset:
 
 
 def _tiny_imagenet(name: str, root: Path, download: bool) -> Dataset:
+    """Tiny-ImageNet: 100,000 images of 200 classes, (3, 64, 64); tested on its validation set."""
     path = _locate(name, TINY_IMAGENET, root, download)
     with _reading(path):
         files = _members(path, r"(\w+\.txt|val/val_annotations\.txt|(?:train|val)/.+\.JPEG)")
@@ -238,7 +241,8 @@ def _tiny_imagenet(name: str, root: Path, download: bool) -> Dataset:
         return _checked(Dataset(name, split(train), split(test), classes))
 
 
-def _medmnist(_: str, root: Path, download: bool, *, file: str) -> Dataset:
+def _medmnist(name: str, root: Path, download: bool, *, file: str) -> Dataset:
+    """MedMNIST: the arrays of an ``.npz`` at any side, one label an image."""
     name = file.removesuffix(".npz")
     md5 = MEDMNIST_MD5.get(name)
     archive = Archive(file, MEDMNIST_URL.format(file) if md5 else None, md5)

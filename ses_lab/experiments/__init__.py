@@ -2,12 +2,13 @@
 
 ::
 
-    title: Shaping at every k-th step
-    question: How much of the effect remains, and of the cost?
     base: {dataset: cifar100, model: resnet18, ...}   # a RunConfig, without method and seed
     variants:                                          # changes of it; the first is the control
       baseline: {}
       k=10: {regularizer.ses: {every_k: 10}}
+    # These two are all that a study needs.
+    title: Shaping at every k-th step
+    question: How much of the effect remains, and of the cost?
     seeds: [42]
     probes: {corruption: {severities: [1, 3, 5]}}
     measures: [accuracy, gap, corruption.mean]         # columns of the report
@@ -15,7 +16,8 @@
     reference: [{source: ..., setting: ..., rows: {k=10: {accuracy: 75.85}}}]
     scales: {full: {}, smoke: {base.dataset: digits, seeds: [0, 1, 2]}}
 
-A scale is changes of the document, by the rule of :func:`ses_lab.config.merge`. A variant that
+A scale is changes of the document, by the rule of :func:`ses_lab.config.merge`; ``full`` changes
+nothing unless it is given, and ``smoke`` is what runs by default where there is one. A variant that
 learns from another one of the same seed names it, as ``teacher: {run: teacher}`` or ``init_from``,
 and comes after it. Published numbers are those that the named source gives, and no others.
 """
@@ -36,9 +38,9 @@ from pydantic import Field, ValidationError, model_validator
 from ses_lab.config import (
     Choice,
     ConfigError,
+    Registry,
     RunConfig,
     Strict,
-    check_params,
     from_environment,
     lookup,
     merge,
@@ -49,9 +51,10 @@ from ses_lab.folder import RunFolder, atomic, write_json
 from ses_lab.sinks import Sink
 
 # Of every run: last and best accuracy on the test set and last accuracy on the training set less
-# that on the test set, in percent; median duration of an epoch, and by how many percent it is
-# longer than the control's.
-METRICS = ("accuracy", "best_accuracy", "gap", "seconds", "overhead")
+# that on the test set, in percent; median over the epochs of the seconds of their training steps,
+# without evaluation, and by how many percent it is longer than the control's; peak memory of the
+# device in MiB.
+METRICS = ("accuracy", "best_accuracy", "gap", "seconds", "overhead", "memory")
 
 
 class Reference(Strict):
@@ -70,24 +73,20 @@ class Experiment(Strict):
     name: str
     scale: str
     title: str
-    question: str
+    question: str = ""
     base: dict[str, Any]
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
     probes: dict[str, dict[str, Any]] = Field({})
-    measures: tuple[str, ...]
+    measures: tuple[str, ...] = ("accuracy",)
     sweep: str | None = None
     pareto: str | None = None  # a measure, to be drawn against overhead
-    reference: tuple[Reference, ...]
+    reference: tuple[Reference, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        from ses_lab.probes import PROBES
-
-        given = ("model", "images", "labels", "generator", "folder")
         for name, params in self.probes.items():
-            function = lookup("probe", {**PROBES, **OF_RUNS}, name)
-            check_params(f"probes.{name}", function, params, given)
+            probes().check("probe", Choice(name=name, **params))
         for measure in (*self.measures, *([self.pareto] if self.pareto else [])):
             if measure.partition(".")[0] not in (*METRICS, *self.probes):
                 raise ValueError(unknown("measure", measure, (*METRICS, *self.probes)))
@@ -101,8 +100,13 @@ class Experiment(Strict):
     def control(self) -> str:
         return next(iter(self.variants))
 
-    def runs(self, root: Path) -> dict[Path, RunConfig]:
-        """Folder -> configuration of every run, those that others learn from before them."""
+    def runs(self, root: Path, variants: Sequence[str] = ()) -> dict[Path, RunConfig]:
+        """Folder -> configuration of every run, those that others learn from before them.
+
+        Of all variants; or of ``variants`` and those they learn from, ConfigError for another name.
+        """
+        for variant in variants:
+            lookup("variant", self.variants, variant)
         found: dict[Path, RunConfig] = {}
         for seed in self.seeds:
             folders: dict[str, Path] = {}
@@ -122,7 +126,20 @@ class Experiment(Strict):
                     raise ConfigError(f"variants.{variant}: {error}") from None
                 folders[variant] = root / config.path
                 found[folders[variant]] = config
-        return found
+        if not variants:
+            return found
+        needed: set[Path] = set()
+        for path, config in reversed(found.items()):  # those that learn before their sources
+            if config.method in variants or path in needed:
+                needed |= {path, *(Path(s.run) for s in (config.teacher, config.init_from) if s)}
+        return {path: config for path, config in found.items() if path in needed}
+
+
+def probes() -> Registry:
+    """What a study can measure of a trained run."""
+    from ses_lab.probes import GIVEN, PROBES
+
+    return Registry({**PROBES, **OF_RUNS}, (*GIVEN, "folder"))
 
 
 def names() -> tuple[str, ...]:
@@ -130,10 +147,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yaml")))
 
 
-def load(name: str, scale: str = "smoke", changes: Mapping[str, Any] | None = None) -> Experiment:
+def load(
+    name: str, scale: str | None = None, changes: Mapping[str, Any] | None = None
+) -> Experiment:
     """An experiment by name, or of a YAML file, at one of its scales.
 
     Args:
+        scale: None means "smoke" where the file has it, else "full".
         changes: dotted keys of the document, ``{"base.dataset.root": "data", "seeds": [0]}``;
             they overrule the environment (``SES_LAB__DATASET__ROOT``, of the base), and that the
             file.
@@ -152,11 +172,14 @@ def load(name: str, scale: str = "smoke", changes: Mapping[str, Any] | None = No
     for part in ("base", "variants"):
         document[part] = document.get(part) or {}
     document["variants"] = {k: merge({}, v or {}) for k, v in document["variants"].items()}
-    scales = document.pop("scales", {})
+    scales = {"full": {}, **(document.pop("scales", None) or {})}
+    if scale is None:
+        scale = "smoke" if "smoke" in scales else "full"
     document = merge(document, lookup("scale", scales, scale) or {})
     document["base"] = merge(document["base"], from_environment(os.environ))
     document = merge(document, changes or {})
-    return _parse({**document, "name": path.stem, "scale": scale}, path)
+    title = path.stem.replace("_", " ")
+    return _parse({"title": title, **document, "name": path.stem, "scale": scale}, path)
 
 
 def _parse(document: Mapping[str, Any], where: Path) -> Experiment:
@@ -177,12 +200,16 @@ def saved(path: Path) -> Experiment:
 
 def run(
     name: str,
-    scale: str = "smoke",
+    scale: str | None = None,
     out: str | os.PathLike = "experiments",
     changes: Mapping[str, Any] | None = None,
     sinks: Sequence[Sink] = (),
+    variants: Sequence[str] = (),
 ) -> Path:
     """Trains and probes every run that is not finished, in ``out/name/scale``; that folder.
+
+    Args:
+        variants: only these, and those that they start or learn from; all if there are none.
 
     Called again it goes on where it was ended, and does nothing where all is done. A run that
     diverges stays unfinished, with a warning, and the others go on.
@@ -193,9 +220,9 @@ def run(
     from ses_lab.probes import PROBES
 
     experiment = load(name, scale, changes)
-    root = Path(out) / experiment.name / scale
-    probes = [Choice(name=name, **params) for name, params in experiment.probes.items()]
-    for folder, config in experiment.runs(root).items():
+    root = Path(out) / experiment.name / experiment.scale
+    chosen = [Choice(name=name, **params) for name, params in experiment.probes.items()]
+    for folder, config in experiment.runs(root, variants).items():
         try:
             training.run(config, folder, sinks)
         except FloatingPointError as error:
@@ -204,7 +231,7 @@ def run(
             continue
         _save(experiment, root)
         run = RunFolder(folder)
-        missing = [choice for choice in probes if choice.slug not in run.read_json("probes.json")]
+        missing = [choice for choice in chosen if choice.slug not in run.read_json("probes.json")]
         if not run.finished() or not missing:
             continue
         measure.probe(folder, [choice for choice in missing if choice.name in PROBES])

@@ -8,6 +8,7 @@ samples are taken, at random, None for all of them.
 
 from ses_lab.probes import attacks, corruption, geometry, representation
 
+GIVEN = ("model", "images", "labels", "generator")
 PROBES = {
     "corruption": corruption.corruption,
     "fgsm": attacks.fgsm,
