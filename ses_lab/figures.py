@@ -108,7 +108,7 @@ def _pareto(results: Results) -> Figure:
             if variant in costs:
                 x, x_error = costs[variant]
                 panel.errorbar(x, y, y_error, x_error, marker="o", capsize=3, label=variant)
-        panel.set(xlabel="time added to an epoch, %", ylabel=experiment.pareto, title=label)
+        panel.set(xlabel="time added to training steps, %", ylabel=experiment.pareto, title=label)
         panel.legend(fontsize="x-small")
     return figure
 

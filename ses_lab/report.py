@@ -20,8 +20,10 @@ Mean ± sample standard deviation over seeds. Differences are paired by seed wit
 first variant; p is that of a two-sided paired t-test, not corrected for the number of
 comparisons. Accuracy, gap and corruption are in percent; the gap is the accuracy on the training
 set, as trained, with augmentation, less that on the test set; best_accuracy is that of the best
-epoch on the test set, as the sources report it. A time is the median of an epoch, its evaluation
-included. Published numbers belong to other data and networks than ours at scale smoke.
+epoch on the test set, as the sources report it. A time is the median over the epochs of their
+training steps alone, without evaluation and without writing; memory is the peak of the device in
+MiB, on the CPU that of the process. Published numbers belong to other data and networks than ours
+at scale smoke.
 """
 
 

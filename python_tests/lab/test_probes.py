@@ -585,6 +585,20 @@ def test_collapse_of_known_features():
         assert result[key] == pytest.approx(0, abs=1e-7)
 
 
+@pytest.mark.parametrize("offset", [100.0, 1e4])
+def test_collapse_does_not_see_round_off(offset):
+    """A mean far from 0 changes nothing: the K-th singular value of the means is no direction."""
+    generator = _seeded()
+    y = torch.arange(10).repeat(30)
+    h = torch.randn(10, 64, generator=generator)[y] + 0.1 * torch.randn(
+        300, 64, generator=generator
+    )
+    expected = representation._collapse(h.double(), y)["nc1"]
+    moved = representation._collapse((h + offset).double(), y)["nc1"]
+    assert 1e-4 < expected < 1e-2
+    assert moved == pytest.approx(expected, rel=1e-2)
+
+
 def test_collapse_is_that_of_the_definition(trained, digits):
     x, y = digits
     keep = y < 7  # classes need not be all there

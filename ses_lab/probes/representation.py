@@ -89,9 +89,12 @@ def _collapse(h: Tensor, y: Tensor) -> dict[str, float]:  # (N, D), (N,)
     counts = y.bincount(minlength=k).to(h)
     means = h.new_zeros(k, h.shape[1]).index_add(0, y, h) / counts[:, None]
     centred = means - means.mean(0)  # of the means: S_B weighs the classes equally
-    # S_B = V S^2 V^T without a D x D matrix. The rows sum to 0, so one value at least is round-off.
+    # S_B = V S^2 V^T without a D x D matrix. The rows sum to 0: the K-th value is round-off, and so
+    # is what the subtraction of large means leaves.
     _, s, vh = torch.linalg.svd(centred / k**0.5, full_matrices=False)
-    kept = s > s[0] * max(centred.shape) * torch.finfo(h.dtype).eps
+    s, vh = s[: k - 1], vh[: k - 1]
+    size = torch.maximum(s[0], means.norm(dim=1).max())
+    kept = s > size * max(centred.shape) * torch.finfo(h.dtype).eps
     within = ((h - means[y]) @ vh[kept].mT).square().mean(0)
     norms = centred.norm(dim=1)
     directions = centred / norms[:, None]
