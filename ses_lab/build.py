@@ -53,14 +53,17 @@ def as_config_error(what: str) -> Iterator[None]:
 
 
 def dataset(config: RunConfig) -> tuple[Dataset, Split | None]:
-    """The data, and the share ``config.validation`` of its training set, taken out of it."""
+    """The data, and its validation set: the published one, or a share of the training set.
+
+    The latter, ``config.validation``, is taken out of the training set.
+    """
     chosen = config.dataset
     root = {} if chosen.root is None else {"root": chosen.root}
     with as_config_error(f"dataset {chosen.name}"):
         loaded = data.load(chosen.name, download=chosen.download, **root, **chosen.params)
     held_out = round(config.validation * len(loaded.train.labels))
     if not config.validation:
-        return loaded, None
+        return loaded, loaded.validation
     generator = torch.Generator().manual_seed(seed_of(config.seed, "validation"))
     order = torch.randperm(len(loaded.train.labels), generator=generator)
     validation, train = (

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ses_lab.names import ConfigError, check_params, lookup, unknown
+from ses_lab.names import ConfigError, check_params, lookup, parameters, unknown
 from ses_lab.options import (
     REGIME_NAMES,
     REGIMES,
@@ -77,7 +77,9 @@ class RunConfig(Strict):
     clip: float | None = Field(None, gt=0)  # of the norm of the gradient
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1)  # of all ranks together
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images; chooses best.pt
+    # Share of the training images that chooses best.pt; 0: the published split, or else none.
+    validation: float = Field(0.0, ge=0, lt=1)
+    patience: int | None = Field(None, ge=1)  # epochs without a better validation, then it ends
     seed: int = Field(0, ge=0)
     init_from: Source | None = None
     teacher: Source | None = None
@@ -169,11 +171,13 @@ class Registry(NamedTuple):
 
     entries: Mapping[str, Callable]
     given: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()  # parameters that every entry takes beside its own
 
     def check(self, kind: str, chosen: Choice) -> None:
         """ConfigError for an unknown name or parameter, with the nearest there is."""
         function = lookup(kind, self.entries, chosen.name)
-        check_params(f"{kind} {chosen.name}", function, chosen.params, self.given)
+        params = [name for name in chosen.params if name not in self.shared]
+        check_params(f"{kind} {chosen.name}", function, params, self.given)
 
 
 def registries() -> dict[str, Registry]:
@@ -185,7 +189,9 @@ def registries() -> dict[str, Registry]:
     regimes = {kind.model_fields["name"].default: kind for kind in REGIMES}
     batch = ("images", "targets", "generator")
     return {
-        "dataset": Registry(data.DATASETS, ("name", "root", "download")),
+        "dataset": Registry(
+            data.DATASETS, ("name", "root", "download"), tuple(parameters(data.subset, ["dataset"]))
+        ),
         "model": Registry(models.MODELS, ("normalize", "classes")),
         "loss": Registry(losses.LOSSES, ("logits", "targets")),
         "regime": Registry(regimes, ("name",)),

@@ -19,6 +19,7 @@ from ses_lab import build, optim
 from ses_lab.augment import AUGMENTATIONS
 from ses_lab.config import ConfigError, RunConfig
 from ses_lab.data import Split
+from ses_lab.metrics import classification
 from ses_lab.regimes import exact
 from ses_lab.sinks import Sink
 
@@ -109,7 +110,7 @@ class Training:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         dataset, validation = build.dataset(config)
-        self.classes = len(dataset.classes)
+        self.classes, self.names = len(dataset.classes), dataset.classes
         # Whole in the device's memory: these datasets fit, and no worker processes are needed.
         self.train, self.test, self.validation = (
             split and Split(*(x.to(ranks.device) for x in split))
@@ -118,6 +119,11 @@ class Training:
         size = min(config.batch_size, len(self.train.labels))
         if config.batch_size % ranks.world:
             raise ConfigError(f"batch_size: {config.batch_size} over {ranks.world} ranks is uneven")
+        if config.patience is not None and validation is None:
+            raise ConfigError(
+                "patience: the test set is no judge of when to stop; set validation to a share of "
+                "the training images"
+            )
         self.batch_size = size - size % ranks.world
         self.batches = len(self.train.labels) // self.batch_size  # a smaller last one is left out
 
@@ -210,16 +216,21 @@ class Training:
         return {**row, "entropy": self.ses.entropies} if measured else row
 
     @torch.no_grad()
-    def evaluate(self, split: Split) -> dict[str, float]:
-        """Means over a split in eval mode, every rank measuring its share."""
+    def evaluate(self, split: Split) -> dict[str, Any]:
+        """Figures of a split in eval mode, every rank measuring its share; see :func:`figures`."""
         if self.ranks.group is not None:
             for buffer in self.regime.buffers():  # rank 0's batch norms are those that are saved
                 dist.broadcast(buffer, 0, self.ranks.group)
         share = Split(*(x[self.ranks.rank :: self.ranks.world] for x in split))
-        totals = evaluate(self.regime, share, self.config.seed)
+        totals, logits = evaluate(self.regime, share, self.config.seed)
         sums = self.ranks.total(torch.stack([*totals.values()]))
-        values = (sums / len(split.labels)).tolist()
-        return dict(zip(totals, values, strict=True))
+        means = (sums / len(split.labels)).tolist()
+        labels = share.labels.cpu()
+        if self.ranks.group is not None and logits is not None:
+            shares: list[Any] = [None] * self.ranks.world
+            dist.all_gather_object(shares, (logits, labels), self.ranks.group)
+            logits, labels = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        return figures(dict(zip(totals, means, strict=True)), logits, labels, self.names)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -234,17 +245,37 @@ class Training:
         self.schedule.load_state_dict(state["schedule"])
 
 
+def figures(
+    means: dict[str, float], logits: Tensor | None, labels: Tensor, names: Sequence[str]
+) -> dict[str, Any]:
+    """``means``, and those of :func:`ses_lab.metrics.classification` where there are logits.
+
+    ``per_class`` is a mapping from the names of the classes.
+    """
+    if logits is None:
+        return means
+    found = classification(logits.double().softmax(1), labels)
+    return {**means, **found, "per_class": dict(zip(names, found["per_class"], strict=True))}
+
+
 @torch.no_grad()
-def evaluate(regime: nn.Module, split: Split, seed: int) -> dict[str, Tensor]:
-    """Sums over a split, in eval mode, in the dtype of :func:`ses_lab.regimes.exact`."""
+def evaluate(regime: nn.Module, split: Split, seed: int) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Sums over a split in eval mode, by :func:`ses_lab.regimes.exact`; logits (N, K) on the CPU.
+
+    Logits are None where the regime has none.
+    """
     regime.eval()
     device = split.labels.device
     generator = torch.Generator(device)
     totals: dict[str, Tensor] = {}
+    logits: list[Tensor] = []
     for start in range(0, len(split.labels), build.EVALUATION_BATCH):
         rows = slice(start, start + build.EVALUATION_BATCH)
         images, labels = build.pixels(split.images[rows], device), split.labels[rows]
         generator.manual_seed(build.seed_of(seed, "evaluate", start))
-        for name, mean in regime.evaluate(images, labels, generator).items():
+        result = regime.evaluate(images, labels, generator)
+        if "logits" in result:
+            logits.append(result.pop("logits").cpu())
+        for name, mean in result.items():
             totals[name] = totals.get(name, 0) + exact(mean) * len(labels)
-    return totals
+    return totals, torch.cat(logits) if logits else None

@@ -17,8 +17,8 @@ from ses_lab.probes import GIVEN, PROBES
 from ses_lab.regimes import REGIMES
 
 
-def evaluate(folder: str | os.PathLike, weights: str = "last") -> dict[str, float]:
-    """Loss and accuracy of a run on its test and validation sets, as they were while it trained."""
+def evaluate(folder: str | os.PathLike, weights: str = "last") -> dict[str, Any]:
+    """Figures of a run on its test and validation sets, as they were while it trained."""
     folder = RunFolder(folder)
     config = folder.config()
     dataset, validation = build.dataset(config)
@@ -30,13 +30,15 @@ def evaluate(folder: str | os.PathLike, weights: str = "last") -> dict[str, floa
         build.load_weights(regime, build.load(folder, weights))
     device = engine.device_of(config)
     regime.to(device)
-    figures: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for name, split in (("test", dataset.test), ("val", validation)):
         if split is not None:
             split = Split(*(x.to(device) for x in split))
-            sums = engine.evaluate(regime, split, config.seed)
-            figures |= {f"{name}_{k}": v.item() / len(split.labels) for k, v in sums.items()}
-    return figures
+            sums, logits = engine.evaluate(regime, split, config.seed)
+            means = {key: value.item() / len(split.labels) for key, value in sums.items()}
+            figures = engine.figures(means, logits, split.labels.cpu(), dataset.classes)
+            found |= {f"{name}_{key}": value for key, value in figures.items()}
+    return found
 
 
 def probe(

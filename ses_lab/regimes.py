@@ -59,10 +59,17 @@ class Supervised(nn.Module):
         return {"loss": self._loss(logits, targets), "accuracy": correct.float().mean()}
 
     def evaluate(self, images: Tensor, labels: Tensor, generator: Generator) -> dict[str, Tensor]:
-        """Means over a batch in eval mode, without gradients: cross-entropy and accuracy."""
+        """Over a batch in eval mode, without gradients: means of cross-entropy and accuracy.
+
+        And ``logits`` (N, K), where the regime has any.
+        """
         logits = self.model(images)
         correct = logits.argmax(1) == labels
-        return {"loss": F.cross_entropy(logits, labels), "accuracy": exact(correct).mean()}
+        return {
+            "loss": F.cross_entropy(logits, labels),
+            "accuracy": exact(correct).mean(),
+            "logits": logits,
+        }
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameters for the optimiser, with a learning rate of their own where it differs."""

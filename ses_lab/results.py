@@ -60,6 +60,9 @@ def collect(root: Path, seeds: Sequence[int] = ()) -> Results:
             accuracies = [row["test_accuracy"] for row in rows]
             numbers["accuracy"] = 100 * accuracies[-1]
             numbers["best_accuracy"] = 100 * max(accuracies)
+            for key in ("f1", "auroc"):
+                value = rows[-1].get(f"test_{key}")
+                numbers |= {} if value is None else {key: 100 * value}
             numbers["gap"] = 100 * (rows[-1]["train_accuracy"] - accuracies[-1])
         for slug, values in run.read_json("probes.json").items():
             for key, value in values.items() if slug in slugs else ():

@@ -120,12 +120,19 @@ def _train(
             threads=torch.get_num_threads(), torch=torch.__version__,
             ses_kernels=ses_kernels.__version__,
         )  # fmt: skip
+    patience = config.patience or config.epochs
+
+    def ended(epoch: int) -> bool:
+        return epoch == config.epochs or (best is not None and epoch - best["epoch"] >= patience)
+
     per_epoch = training.batches * training.regime.replays
     with contextlib.ExitStack() as stack:
         for sink in sinks:
             sink.start(config, folder.path, rows, per_epoch * training.batch_size)
-            stack.callback(lambda sink=sink: sink.close(len(rows) == config.epochs))
+            stack.callback(lambda sink=sink: sink.close(ended(len(rows))))
         for epoch in range(done + 1, config.epochs + 1):
+            if ended(epoch - 1):
+                break
             began = time.perf_counter()
             row = {"epoch": epoch, "step": epoch * per_epoch}
             row["lr"] = training.optimizer.param_groups[-1]["lr"]
@@ -141,8 +148,9 @@ def _train(
                 held_out = training.evaluate(training.validation)
                 row |= {f"val_{k}": v for k, v in held_out.items()}
             rows.append(row)
+            best = _best(training, row, best)
             if here.main:
-                best = _commit(folder, training, rows, best)
+                _commit(folder, training, rows, best, last=ended(epoch))
             for sink in sinks:
                 sink.log(row)
     if here.main:
@@ -153,28 +161,37 @@ def _train(
     return here.share(rows[-1])
 
 
+def _best(training: Training, row: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
+    """The best epoch so far, by accuracy, or by loss where there is none; the first of equals."""
+    split = "test" if training.validation is None else "val"
+    value = row.get(f"{split}_accuracy", -row[f"{split}_loss"])
+    value = -math.inf if math.isnan(value) else value
+    if best is None or value > best["value"]:
+        return {"epoch": row["epoch"], "value": value}
+    return best
+
+
 def _commit(
-    folder: RunFolder, training: Training, rows: list[dict[str, Any]], best: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The end of an epoch on the disk; the best epoch so far."""
+    folder: RunFolder,
+    training: Training,
+    rows: list[dict[str, Any]],
+    best: dict[str, Any],
+    last: bool,
+) -> None:
+    """The end of an epoch on the disk."""
     config, row = training.config, rows[-1]
     epoch = row["epoch"]
-    if epoch == config.epochs or (config.spectra_every and epoch % config.spectra_every == 0):
+    if last or (config.spectra_every and epoch % config.spectra_every == 0):
         (folder / "spectra").mkdir(exist_ok=True)
         write_json(folder / f"spectra/{epoch:04d}.json", spectra.table(training.model))
         with atomic(folder / f"spectra/{epoch:04d}.npz") as file:
             spectra.save(file, training.model)
     folder.append(row)
-    split = "test" if training.validation is None else "val"
-    value = row.get(f"{split}_accuracy", -row[f"{split}_loss"])
-    value = -math.inf if math.isnan(value) else value
-    if best is None or value > best["value"]:
-        best = {"epoch": epoch, "value": value}
+    if best["epoch"] == epoch:
         folder.save("best.pt", {**build.weights(training.regime), "epoch": epoch})
     folder.save("checkpoint.pt", {**training.state_dict(), "epoch": epoch, "best": best})
     memory = max(folder.status().get("peak_memory", 0), peak_memory(training.ranks.device))
     folder.write_status(epoch=epoch, best=best, last=row, peak_memory=memory)
-    return best
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:

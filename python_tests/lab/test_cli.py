@@ -67,7 +67,9 @@ def test_a_failure_is_told_and_the_other_seeds_run(folder, tmp_path):
 def test_eval(folder):
     figures = json.loads(call("eval", folder))
     row = RunFolder(folder).rows()[-1]
-    assert figures == {name: row[name] for name in ("test_loss", "test_accuracy")}
+    names = ("test_loss", "test_accuracy", "test_f1", "test_auroc", "test_per_class")
+    assert figures == {name: row[name] for name in names}
+    assert figures["test_per_class"].keys() == {"circle", "square"}
 
 
 def test_spectra(folder, tmp_path):

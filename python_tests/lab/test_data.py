@@ -148,6 +148,49 @@ def test_spirals_have_an_arm_for_each_class():
         load("spirals", classes=1)
 
 
+def test_fewer_samples_of_any_dataset():
+    whole = load("digits")
+    few = load("digits", samples=200)
+    assert len(few.train.labels) == 200
+    assert set(pairs(few.train)) <= set(pairs(whole.train))
+    assert torch.equal(few.test.images, whole.test.images)
+    assert pairs(few.train) == pairs(load("digits", samples=200).train)
+    assert pairs(few.train) != pairs(load("digits", samples=200, subset_seed=1).train)
+    assert len(load("digits", ratio=0.1).train.labels) == round(0.1 * 1347)
+    even = load("digits", samples=200, balanced=True).train.labels
+    assert even.bincount().tolist() == 10 * [20]
+    smallest = whole.train.labels.bincount().min()
+    assert load("digits", balanced=True).train.labels.bincount().tolist() == 10 * [smallest]
+    assert len(load("shapes", samples=80, ratio=0.5, size=8).train.labels) == 40  # samples: drawn
+
+
+def test_label_noise_is_the_share_of_wrong_labels():
+    clean, noisy = load("digits"), load("digits", label_noise=0.3)
+    wrong = clean.train.labels != noisy.train.labels
+    assert wrong.sum() == round(0.3 * 1347)
+    assert torch.equal(clean.train.images, noisy.train.images)
+    assert torch.equal(clean.test.labels, noisy.test.labels)
+    shifts = (noisy.train.labels - clean.train.labels)[wrong] % 10
+    assert shifts.bincount(minlength=10)[1:].min() > 20  # to every other class, evenly
+    assert shifts.min() == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"samples": 2000}, "2000 samples of 1347"),
+        ({"samples": 10, "ratio": 0.5}, "give one of them"),
+        ({"ratio": 0}, r"ratio is in \(0, 1\]"),
+        ({"label_noise": 1.5}, "label_noise in"),
+        ({"samples": 205, "balanced": True}, "a multiple of 10 classes"),
+        ({"samples": 1340, "balanced": True}, "at most 131 of each"),
+    ],
+)
+def test_subsets_refuse_what_is_not_there(params, message):
+    with pytest.raises(ValueError, match=message):
+        load("digits", **params)
+
+
 def test_names():
     with pytest.raises(ValueError, match="did you mean cifar10"):
         load("cifar-10")

@@ -175,6 +175,61 @@ def test_tiny_imagenet(tmp_path, packed):
     )
 
 
+@pytest.mark.parametrize("images", ["", "images/"])
+def test_tiny_imagenet_with_a_validation_set_sorted_by_class(tmp_path, images):
+    """As many scripts leave it; beside the files what macOS adds to an archive."""
+    contents = {
+        "wnids.txt": b"n01\nn02\n",
+        "words.txt": b"n01\tone\nn02\ttwo\n",
+        "val/val_annotations.txt": b"val_0.JPEG\tn01\t0\t32\t44\t62\n",
+        "train/n01/images/._n01_0.JPEG": b"Mac OS X",
+    }
+    pixels = {f"n0{k}": RNG.integers(0, 256, (64, 64), dtype=np.uint8) for k in (1, 2)}
+    for name, image in pixels.items():
+        contents[f"train/{name}/images/{name}_0.JPEG"] = jpeg(image)
+        contents[f"val/{name}/{images}val_{name}.JPEG"] = jpeg(image)
+    write_archive(tmp_path, "tiny-imagenet-200", contents)
+    dataset = load("tiny_imagenet", root=tmp_path)
+    check(dataset, 2, 2, 3, 64)
+    assert np.array_equal(dataset.test.images, dataset.train.images)
+    assert dataset.test.labels.tolist() == [0, 1]
+    bad = tmp_path / "tiny-imagenet-200/train/n02/images/n02_0.JPEG"
+    bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"damaged.*train/n02/images/n02_0\.JPEG"):
+        load("tiny_imagenet", root=tmp_path)
+
+
+def test_image_folder(tmp_path):
+    for part, count in (("train", 3), ("val", 2), ("test", 1)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / part / name
+            folder.mkdir(parents=True)
+            (folder / "._0.png").write_bytes(b"Mac OS X")
+            for i in range(count):
+                pixels = np.zeros((20, 40, 3), np.uint8)
+                pixels[:, 10:30] = 100 * (name == "dog") + i  # the middle, which is kept
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    dataset = load("image_folder", root=tmp_path, folder="pets", size=10)
+    check(dataset, 6, 2, 3, 10)
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.train.images[:, 0, 5, 5].tolist() == [0, 1, 2, 100, 101, 102]
+    assert dataset.train.images[3].float().mean() > 95  # little of what was cut off
+    assert len(dataset.validation.labels) == 4
+    for file in (tmp_path / "pets" / "test").rglob("*.png"):
+        file.unlink()
+    for folder in sorted((tmp_path / "pets" / "test").rglob("*"), reverse=True):
+        folder.rmdir()
+    (tmp_path / "pets" / "test").rmdir()
+    dataset = load("image_folder", root=tmp_path, folder="pets", size=10)
+    assert (len(dataset.test.labels), dataset.validation) == (4, None)
+    (tmp_path / "pets/train/dog/1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"train/dog/1\.png"):
+        load("image_folder", root=tmp_path, folder="pets")
+    with pytest.raises(FileNotFoundError, match=r"expected .*/none/train/CLASS/IMAGE"):
+        load("image_folder", root=tmp_path, folder="none")
+
+
 def test_medmnist(tmp_path):
     grey = write_medmnist(tmp_path / "breastmnist.npz", 28, 28, classes=2)
     colour = write_medmnist(tmp_path / "pathmnist_64.npz", 64, 64, 3)
@@ -184,6 +239,7 @@ def test_medmnist(tmp_path):
     assert dataset.classes == ("0", "1")
     assert np.array_equal(dataset.train.images[:, 0], grey["train_images"])
     assert dataset.test.labels.tolist() == [0, 1, 0]
+    assert np.array_equal(dataset.validation.images[:, 0], grey["val_images"])
     dataset = load("medmnist", root=tmp_path, file="pathmnist_64.npz")
     check(dataset, 6, 3, 3, 64)
     assert dataset.name == "pathmnist_64"
@@ -193,16 +249,17 @@ def test_medmnist(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "changes", "message"),
     [
-        ((28, 28), {"train_labels": np.zeros((6, 14), np.uint8)}, r"labels \(6, 14\)"),
-        ((28, 28, 28), {}, r"images \(6, 28, 28, 28\)"),
-        ((28, 28), {"test_images": np.zeros((3, 28, 28))}, "float64, not uint8"),
+        ((28, 28), {"train_labels": np.zeros((6, 14), np.uint8)}, r"mnist\.npz: its .* 14 labels"),
+        ((28, 28, 28), {}, r"mnist\.npz: its images are volumes, \(6, 28, 28, 28\)"),
+        ((28, 28), {"test_images": np.zeros((3, 28, 28))}, "damaged, .* float64, not uint8"),
     ],
     ids=["many labels", "3-D", "float64"],
 )
 def test_medmnist_says_what_it_does_not_read(tmp_path, shape, changes, message):
     write_medmnist(tmp_path / "chestmnist.npz", *shape, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         load("medmnist", root=tmp_path, file="chestmnist.npz")
+    assert ("Delete it" in str(refused.value)) == ("float64" in message)
 
 
 def test_npz_with_objects_is_refused_before_it_runs(tmp_path):

@@ -7,12 +7,12 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
-          "data.download", "data.bundled", "data.archives", "data", "data.__main__",
-          "losses", "augment", "optim", "distill", "probes.common", "probes.attacks",
-          "probes.corruption", "probes.geometry", "probes.representation", "probes",
-          "spectra", "sinks", "config", "folder", "regimes", "build", "engine",
-          "training", "measure", "experiments", "catalogue", "results", "figures",
-          "report", "launch", "cli", "__main__"]  # fmt: skip
+          "data.subset", "data.download", "data.bundled", "data.archives", "data",
+          "data.__main__", "losses", "metrics", "augment", "optim", "distill",
+          "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
+          "probes.representation", "probes", "spectra", "sinks", "config", "folder",
+          "regimes", "build", "engine", "training", "measure", "experiments",
+          "catalogue", "results", "figures", "report", "launch", "cli", "__main__"]  # fmt: skip
 
 
 def imports_of(path):

@@ -319,7 +319,26 @@ def test_the_best_epoch_is_that_of_the_validation_set(tmp_path):
     for weights, row in ("best", rows[best]), ("last", rows[-1]):
         again = measure.evaluate(tmp_path, weights)
         assert again == {name: row[name] for name in again}
-        assert set(again) == {"test_loss", "test_accuracy", "val_loss", "val_accuracy"}
+        names = ("loss", "accuracy", "f1", "auroc", "per_class")
+        assert set(again) == {f"{split}_{name}" for split in ("test", "val") for name in names}
+
+
+def test_patience_ends_a_run_where_it_is_resumed_too(tmp_path):
+    changes = {"validation": 0.25, "epochs": 40, "patience": 2, "optimizer.lr": 0.3}
+    config = RunConfig.parse(merge(TINY, changes))
+    training.run(config, tmp_path / "a")
+    folder = RunFolder(tmp_path / "a")
+    accuracies = [row["val_accuracy"] for row in folder.rows()]
+    best = accuracies.index(max(accuracies)) + 1
+    assert len(accuracies) == best + 2 < 40
+    assert folder.finished()
+    assert (tmp_path / f"a/spectra/{best + 2:04d}.json").exists()
+    folder.write_status(state="running")  # a kill after the last checkpoint
+    training.run(config, tmp_path / "a")
+    assert len(folder.rows()) == best + 2
+    alone = RunConfig.parse(merge(TINY, {"patience": 2}))
+    with pytest.raises(ConfigError, match=r"patience: .* set validation"):
+        training.run(alone, tmp_path / "b")
 
 
 def test_validation_takes_nothing_twice():
@@ -409,7 +428,8 @@ def test_two_ranks_equal_one_process(tmp_path):
     training.run(RunConfig.parse(configs[0]), tmp_path / "one")
     for one, two in zip(RunFolder(tmp_path / "one").rows(), RunFolder(tmp_path / "two0").rows(),
                         strict=True):  # fmt: skip
-        for name in ("train_loss", "train_penalty", "test_loss", "train_accuracy", "test_accuracy"):
+        names = ("train_loss", "train_penalty", "test_loss", "train_accuracy", "test_accuracy")
+        for name in (*names, "test_f1", "test_auroc"):
             # Rounding that the steps amplify.
             assert two[name] == pytest.approx(one[name], rel=1e-5 * 10 ** one["epoch"]), name
         assert two["entropy"] == pytest.approx(one["entropy"], rel=1e-3)

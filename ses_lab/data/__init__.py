@@ -10,8 +10,10 @@ from typing import Any
 from ses_lab.data.archives import ARCHIVES
 from ses_lab.data.bundled import BUNDLED
 from ses_lab.data.dataset import Dataset, Split
+from ses_lab.data.subset import subset
+from ses_lab.names import parameters
 
-__all__ = ["DATASETS", "Dataset", "Split", "load"]
+__all__ = ["DATASETS", "Dataset", "Split", "load", "subset"]
 
 DATASETS: dict[str, Callable[..., Dataset]] = {**BUNDLED, **ARCHIVES}
 
@@ -34,9 +36,11 @@ def load(
                                                   split is the validation set
     ``pathmnist``, ..., ``organsmnist``           MedMNIST at 28 x 28: ``pathmnist.npz``, ...
     ``medmnist`` (file)                           any other ``.npz`` of MedMNIST's layout
+    ``image_folder`` (folder, size)               ImageNet's layout, ``folder/train/CLASS/*``
     ============================================  ================================================
 
-    The same arguments give the same data. MedMNIST's validation split is left out.
+    The same arguments give the same data. Any of them takes the parameters of
+    :func:`ses_lab.data.subset.subset` too: ``samples``, ``ratio``, ``balanced``, ``label_noise``.
 
     Args:
         root: the folder of the published files; the bundled sets do not look at it.
@@ -56,8 +60,10 @@ def load(
         near = difflib.get_close_matches(name, DATASETS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(DATASETS)}"
         raise ValueError(f"no dataset {name!r}: {hint}")
+    own = parameters(DATASETS[name])
+    less = {key: params.pop(key) for key in parameters(subset) if key in params and key not in own}
     if name in BUNDLED:
-        return BUNDLED[name](**params)
+        return subset(BUNDLED[name](**params), **less)
     if root is None:
         raise ValueError(f"{name} is read from published files: give their folder as root")
-    return ARCHIVES[name](name, Path(root).expanduser(), download, **params)
+    return subset(ARCHIVES[name](name, Path(root).expanduser(), download, **params), **less)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import loadmat
 
 from ses_lab.data.dataset import Dataset, Split
@@ -102,10 +102,16 @@ def _locate(name: str, archive: Archive, root: Path, download: bool) -> Path:
     return path
 
 
+class _UnsupportedError(ValueError):
+    """A file that is whole, of a kind that is not read here."""
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except _UnsupportedError as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # a damaged or hostile file can make a parser raise anything
         raise ValueError(
             f"{path} is damaged, or not in its published format: {error!r}. Delete it, and load "
@@ -113,11 +119,21 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _naming(file: str | Path) -> Iterator[None]:
+    """The one image of many that is not what it should be."""
+    try:
+        yield
+    except Exception as error:  # PIL's decoders raise anything
+        raise ValueError(f"{file}: {error!r}") from error
+
+
 def _members(path: Path, wanted: str) -> dict[str, bytes]:
     """Files of an archive or of its unpacked folder: the group that ``wanted`` matches -> bytes.
 
     ``wanted`` is a regular expression on names below the archive's one top folder. In one pass:
-    to go back in a compressed tar is to begin again.
+    to go back in a compressed tar is to begin again. What macOS puts beside a file, ``._`` and its
+    name, is no part of the data.
     """
 
     def entries() -> Iterator[tuple[str, Any]]:
@@ -134,7 +150,8 @@ def _members(path: Path, wanted: str) -> dict[str, bytes]:
                     if member.isfile():  # neither a link nor a device
                         yield member.name, archive.extractfile(member).read
 
-    matches = ((re.fullmatch(f"[^/]+/{wanted}", name), read) for name, read in entries())
+    ours = ((name, read) for name, read in entries() if "/._" not in name)
+    matches = ((re.fullmatch(f"[^/]+/{wanted}", name), read) for name, read in ours)
     return {match[1]: read() for match, read in matches if match}
 
 
@@ -222,19 +239,25 @@ def _tiny_imagenet(name: str, root: Path, download: bool) -> Dataset:
     path = _locate(name, TINY_IMAGENET, root, download)
     with _reading(path):
         files = _members(path, r"(\w+\.txt|val/val_annotations\.txt|(?:train|val)/.+\.JPEG)")
+        annotations = files.get("val/val_annotations.txt")
         identifiers = files["wnids.txt"].decode().split()
         words = dict(line.split("\t", 1) for line in files["words.txt"].decode().splitlines())
         label_of = {identifier: label for label, identifier in enumerate(identifiers)}
-        names = sorted(file for file in files if file.startswith("train/"))
-        train = {file: label_of[file.split("/")[1]] for file in names}
-        rows = (line.split("\t") for line in files["val/val_annotations.txt"].decode().splitlines())
-        test = {f"val/images/{file}": label_of[identifier] for file, identifier, *_ in rows}
+
+        def by_folder(which: str) -> dict[str, int]:  # which/n01443537/..., many sort val so too
+            names = sorted(file for file in files if re.match(rf"{which}/n\d+/", file))
+            return {file: label_of[file.split("/")[1]] for file in names}
+
+        train, test = by_folder("train"), by_folder("val")
+        if annotations is not None and not test:
+            rows = (line.split("\t") for line in annotations.decode().splitlines())
+            test = {f"val/images/{file}": label_of[identifier] for file, identifier, *_ in rows}
 
         def split(labels: dict[str, int]) -> Split:
             images = np.empty((len(labels), 3, 64, 64), np.uint8)  # 1.2 GB: never held twice
             for image, file in zip(images, labels, strict=True):
-                with Image.open(io.BytesIO(files.pop(file)), formats=("JPEG",)) as picture:
-                    image[:] = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)  # some: grey
+                with _naming(file), Image.open(io.BytesIO(files.pop(file)), formats=("JPEG",)) as p:
+                    image[:] = np.asarray(p.convert("RGB")).transpose(2, 0, 1)  # some: grey
             return _split(images, list(labels.values()))
 
         classes = tuple(words[identifier] for identifier in identifiers)
@@ -251,18 +274,61 @@ def _medmnist(name: str, root: Path, download: bool, *, file: str) -> Dataset:
 
         def split(which: str) -> Split:
             images, labels = arrays[f"{which}_images"], arrays[f"{which}_labels"]
+            if labels.ndim == 2 and labels.shape[1] > 1:
+                raise _UnsupportedError(
+                    f"its images have {labels.shape[1]} labels each, of which several can hold at "
+                    "once; sets of one label an image are read"
+                )
+            if images.ndim == 5 or (images.ndim == 4 and images.shape[-1] not in (1, 3)):
+                raise _UnsupportedError(
+                    f"its images are volumes, {images.shape}; sets of images are read, (N, H, W) "
+                    "or (N, H, W, 3)"
+                )
             if images.ndim == 3:  # (N, H, W): grey
                 images = images[..., None]
-            if images.shape[-1] not in (1, 3) or labels.shape != (len(images), 1):
-                raise ValueError(
-                    f"images of one label each, (N, H, W) or (N, H, W, 3), are read; "
-                    f"{which} has images {images.shape} and labels {labels.shape}"
-                )
+            if images.ndim != 4 or labels.shape != (len(images), 1):
+                raise ValueError(f"{which} has images {images.shape} and labels {labels.shape}")
             return _split(images.transpose(0, 3, 1, 2), labels[:, 0])
 
-        train, test = split("train"), split("test")
-        classes = tuple(map(str, range(1 + max(int(s.labels.max()) for s in (train, test)))))
-        return _checked(Dataset(name, train, test, classes))
+        train, validation, test = split("train"), split("val"), split("test")
+        highest = max(int(s.labels.max()) for s in (train, validation, test))
+        classes = tuple(map(str, range(1 + highest)))
+        return _checked(Dataset(name, train, test, classes, validation))
+
+
+def _image_folder(name: str, root: Path, download: bool, *, folder: str, size: int = 64) -> Dataset:
+    """ImageNet's layout: ``root/folder/train/CLASS/*``, and ``val`` or ``test`` likewise.
+
+    Each image is scaled until its shorter side is ``size`` and cut to its middle, RGB. Where both
+    are there, ``val`` is the validation set and ``test`` is tested on.
+    """
+    path = root / folder
+    classes = tuple(sorted(p.name for p in path.glob("train/*") if p.is_dir()))
+    parts = [part for part in ("train", "val", "test") if (path / part).is_dir()]
+    if not classes or len(parts) < 2:
+        raise FileNotFoundError(
+            f"{name}: expected {path}/train/CLASS/IMAGE, and val or test beside train"
+        )
+
+    def split(which: str) -> Split:
+        files = sorted(p for p in (path / which).rglob("*") if p.suffix.lower() in _IMAGES)
+        files = [file for file in files if not file.name.startswith("._")]
+        images = np.empty((len(files), 3, size, size), np.uint8)
+        labels = [classes.index(file.relative_to(path / which).parts[0]) for file in files]
+        for image, file in zip(images, files, strict=True):
+            with _naming(file), Image.open(file) as picture:
+                fitted = ImageOps.fit(picture.convert("RGB"), (size, size), Image.BILINEAR)
+                image[:] = np.asarray(fitted).transpose(2, 0, 1)
+        return _split(images, labels)
+
+    with _reading(path):
+        splits = {part: split(part) for part in parts}
+        test, validation = splits.pop("test", None), splits.get("val")
+        test, validation = (validation, None) if test is None else (test, validation)
+        return _checked(Dataset(folder, splits["train"], test, classes, validation))
+
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
 
 def _split(images: np.ndarray, labels: Any) -> Split:
@@ -273,7 +339,7 @@ def _split(images: np.ndarray, labels: Any) -> Split:
 
 
 def _checked(dataset: Dataset) -> Dataset:
-    for split in (dataset.train, dataset.test):
+    for split in filter(None, (dataset.train, dataset.validation, dataset.test)):
         if not len(split.images) == len(split.labels) > 0:
             raise ValueError(f"it has {len(split.images)} images and {len(split.labels)} labels")
         low, high = split.labels.aminmax()
@@ -299,4 +365,5 @@ ARCHIVES: dict[str, Callable[..., Dataset]] = {  # (name, root, download, **para
     "tiny_imagenet": _tiny_imagenet,
     **{name: partial(_medmnist, file=f"{name}.npz") for name in MEDMNIST_MD5},
     "medmnist": _medmnist,
+    "image_folder": _image_folder,
 }

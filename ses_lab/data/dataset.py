@@ -17,3 +17,4 @@ class Dataset(NamedTuple):
     train: Split
     test: Split
     classes: tuple[str, ...]
+    validation: Split | None = None  # where one is published
