@@ -160,7 +160,7 @@ def spectra(
     save: Annotated[Path | None, typer.Option(help="Singular values, as .npz.")] = None,
     seeds: Seeds = "",
 ) -> None:
-    """Print a table of the weight spectra: entropy, stable rank, alpha, Hill, norms."""
+    """Print a table of the weight spectra: entropy, stable rank, alpha, Hill, decay, norms."""
     from ses_lab import spectra as weights
 
     for path in _runs(checkpoint, seeds):

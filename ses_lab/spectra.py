@@ -8,6 +8,7 @@ their eigenvalues instead, and leaves fused projections whole: for these layers 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,35 +69,74 @@ def matrices(source: Source) -> dict[str, Tensor]:
     """Layer -> (rows, columns) view of each weight of a model, state dict or checkpoint.
 
     A weight is a floating-point tensor of two or more axes, none of size 1 after flattening to
-    two, whose name ends in ``weight``: linear layers, convolutions, embeddings. Of a checkpoint the
-    entry ``model`` or ``state_dict`` is taken. Under ``nn.utils.parametrizations.spectral_norm``
-    it is the weight before the division: all but its norms are the same.
+    two, whose name ends in ``weight``: linear layers, convolutions, embeddings. So are those of
+    recurrent layers, of which each gate is a matrix of its own, and the stacked weights of a
+    mixture's ``experts``, (experts, rows, columns), a matrix each. Of a checkpoint the entry
+    ``model``, ``state_dict`` or ``model_state_dict`` is taken. Weight norm is multiplied out; under
+    ``nn.utils.parametrizations.spectral_norm`` it is the weight before the division: all but its
+    norms are the same. float8 comes as float32, without the scales that may stand beside it.
 
     Raises:
         ConfigError: there is none.
     """
     state = source.state_dict() if isinstance(source, nn.Module) else source
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
+    weights = _weights(state)
     found: dict[str, Tensor] = {}
-    for name, value in state.items():
-        name = name.replace("parametrizations.weight.original", "weight")
-        if not (name.endswith("weight") and isinstance(value, Tensor) and value.dim() >= 2):
+    for name, value in weights.items():
+        parts = {name: value}
+        if value.dim() == 3 and ".experts." in f".{name}":
+            parts = {f"{name.removesuffix('.weight')}.{i}": w for i, w in enumerate(value)}
+        elif not _WEIGHT.search(name):
             continue
-        matrix = value.detach().flatten(1)
-        if value.is_floating_point() and min(matrix.shape) > 1:
-            found |= _split(name, matrix)
+        for part, w in parts.items():
+            matrix = w.detach().flatten(1)
+            if min(matrix.shape) > 1:
+                found |= _split(part, matrix, _gates(part, weights))
     if not found:
         raise ConfigError(
             f"no weight matrix among {list(state)[:10]}; expected a module, a state dict, or a "
-            "checkpoint that holds one as 'model' or 'state_dict'"
+            "checkpoint that holds one as 'model', 'state_dict' or 'model_state_dict'"
         )
     return found
 
 
-def _split(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    layer = name.removesuffix("weight").rstrip("._") or name
+_WEIGHT = re.compile(r"weight(_[ih]h_l\d+(_reverse)?)?$")
+_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original[01]?$")
+
+
+def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Floats of two or more axes, by the names that they have without a parametrisation."""
+    found = {}
+    for name, value in state.items():
+        for size, direction in ((".original0", ".original1"), ("_g", "_v")):
+            v = state.get(name.removesuffix(size) + direction) if name.endswith(size) else None
+            if v is not None:
+                # g lies along the axes that it shares with v, and |v| is over the others.
+                axes = [i for i in range(v.dim()) if value.dim() != v.dim() or value.shape[i] == 1]
+                value = v * (value / v.norm(dim=axes, keepdim=True))
+                name = name.removesuffix("_g")
+        name = _PARAMETRIZED.sub(r"\1", name)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
+            # The second of a pair comes after its product, under a name of its own or the same.
+            found.setdefault(name, value.float() if value.itemsize == 1 else value)
+    return found
+
+
+def _gates(name: str, weights: Mapping[str, Tensor]) -> str:
+    """The gates that a recurrent weight stacks: those of an LSTM, of a GRU, or none."""
+    hidden = weights.get(re.sub(r"_ih_l(\d+)", r"_hh_l\1", name))
+    if hidden is None or "weight_" not in name:
+        return ""
+    return {4: "ifgo", 3: "rzn"}.get(hidden.shape[0] / hidden.shape[1], "")
+
+
+def _split(name: str, matrix: Tensor, gates: str) -> dict[str, Tensor]:
+    layer = name.removesuffix("weight").rstrip("._").replace("weight_", "") or name
+    if gates:
+        return {f"{layer}.{g}": m for g, m in zip(gates, matrix.chunk(len(gates)), strict=True)}
     rows, columns = matrix.shape
     if name.endswith(_FUSED) and 3 in (rows / columns, columns / rows):
         # GPT-2 keeps (in, out): there the three stand side by side.
@@ -171,14 +211,43 @@ def hill(values: np.ndarray, k: int | None = None) -> float:
     return float(1 + k / np.log(x[:k] / x[k]).sum())
 
 
+def hill_top(values: np.ndarray) -> float:
+    """1 + k / sum_{i <= k} log(x_(i) / x_(k)) of the largest tenth, x descending, at least 5.
+
+    As in mgrts/vision-spectra (metrics/spectral.py), which takes the k-th value for the threshold:
+    by (k - 1) / k nearer to 1 than :func:`hill` of k - 1. NaN for fewer than 8 values.
+    """
+    x = np.sort(np.asarray(values, dtype=np.float64))[::-1]
+    k = max(5, len(x) // 10)
+    if len(x) < 8 or x[0] == x[k - 1]:
+        return np.nan
+    return float(1 + k / np.log(x[:k] / x[k - 1]).sum())
+
+
+def decay(sigma: np.ndarray) -> float:
+    """The exponent a of sigma_i ~ i^-a, by least squares over the ranks from 10 to 60 %.
+
+    That of mgrts/vision-spectra, there called alpha. NaN for fewer than two ranks, and where one of
+    them has the value 0.
+
+    Args:
+        sigma: (n,) descending.
+    """
+    n = len(sigma)
+    ranks = np.arange(max(1, n // 10), max(1, n * 6 // 10))  # from 0
+    if len(ranks) < 2 or not sigma[ranks[-1]] > 0:
+        return np.nan
+    return float(-np.polyfit(np.log(ranks + 1), np.log(sigma[ranks]), 1)[0])
+
+
 def table(source: Source) -> list[dict[str, Any]]:
     """One row for each matrix of a model, state dict or checkpoint.
 
     ``layer``, ``rows``, ``columns``; ``entropy``: of p_i = sigma_i / sum sigma, in nats, mean not
     removed; ``stable_rank``: |W|_F^2 / |W|_2^2; ``alpha``, ``xmin``, ``ks``, ``tail``
-    (:func:`power_law`) and ``hill`` of the eigenvalues sigma_i^2 of W^T W; ``frobenius`` and
-    ``spectral`` norms. Eigenvalues that are round-off (numpy's ``matrix_rank`` rule, eps of the
-    weight's dtype) are left out of the fits.
+    (:func:`power_law`), ``hill`` and ``hill_top`` of the eigenvalues sigma_i^2 of W^T W; ``decay``
+    of the sigma_i (:func:`decay`); ``frobenius`` and ``spectral`` norms. Eigenvalues that are
+    round-off (numpy's ``matrix_rank`` rule, eps of the weight's dtype) are left out of the fits.
 
     WeightWatcher has the same stable rank and the same alpha (see :func:`power_law`); its ``norm``
     and ``spectral_norm`` are the squares of ours, and its ``entropy`` is that of sigma_i^2 over the
@@ -205,6 +274,8 @@ def table(source: Source) -> list[dict[str, Any]]:
                 "ks": fit.ks,
                 "tail": fit.tail,
                 "hill": hill(eigenvalues),
+                "hill_top": hill_top(eigenvalues),
+                "decay": decay(sigma),
                 "frobenius": float(np.linalg.norm(sigma)),
                 "spectral": float(sigma[0]),
             }
@@ -225,7 +296,10 @@ def gradient_alignment(model: nn.Module, k: int = 10) -> dict[str, float]:
 
     Cost: an SVD of each matrix in float64.
     """
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    # A direction of weight norm has a gradient of its own, which is not that of the weight.
+    normed = ("original0", "original1", "_g", "_v")
+    gradients = {n: p.grad for n, p in model.named_parameters()
+                 if p.grad is not None and not n.endswith(normed)}  # fmt: skip
     ws, gs = matrices(model), matrices(gradients)
     shares = {}
     for layer, g in gs.items():

@@ -308,15 +308,6 @@ def test_weight_spectra_are_means_and_changes(shaped):
         experiments.weight_spectra(shaped, layers="blocks.*")
 
 
-@pytest.mark.parametrize("exponent", [0.0, 0.5, 2.0])
-def test_decay_of_an_exact_power_law(exponent):
-    sigma = np.arange(1, 101.0) ** -exponent
-    assert experiments._decay(sigma) == pytest.approx(exponent, abs=1e-9)
-    sigma[:10], sigma[60:] = 1e3, 1e-9  # what lies outside of 10 to 60 % of the ranks is left out
-    assert experiments._decay(sigma) == pytest.approx(exponent, abs=1e-9)
-    assert math.isnan(experiments._decay(sigma[:2]))
-
-
 def test_probes_leave_those_before_them(shaped):
     before = RunFolder(shaped).read_json("probes.json")
     found = measure.probe(shaped, [Choice(name="collapse")])

@@ -64,6 +64,26 @@ def test_hill_is_the_fit_of_a_pareto_distribution_above_the_next_value(k):
     assert spectra.hill(x, k) == pytest.approx(1 + shape, rel=1e-9)
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 2.0])
+def test_decay_of_an_exact_power_law(exponent):
+    sigma = np.arange(1, 101.0) ** -exponent
+    assert spectra.decay(sigma) == pytest.approx(exponent, abs=1e-9)
+    sigma[:10], sigma[60:] = 1e3, 1e-9  # what lies outside of 10 to 60 % of the ranks is left out
+    assert spectra.decay(sigma) == pytest.approx(exponent, abs=1e-9)
+    assert np.isnan(spectra.decay(sigma[:2]))
+
+
+def test_hill_of_the_largest_tenth():
+    x = np.sort(_values("student"))[::-1]
+    assert len(x) == 80
+    assert spectra.hill_top(x) == pytest.approx(1 + 8 / np.log(x[:8] / x[7]).sum(), rel=1e-12)
+    # Its threshold is one of the k values: against ours of k - 1 it is nearer to 1.
+    shrunk = 1 + (spectra.hill(x, 7) - 1) * 8 / 7
+    assert spectra.hill_top(x) == pytest.approx(shrunk, rel=1e-12)
+    assert np.isnan(spectra.hill_top(x[:7]))
+    assert np.isnan(spectra.hill_top(np.ones(20)))
+
+
 def _net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(5, 12, 3), nn.BatchNorm2d(12), nn.Flatten(), nn.Linear(48, 30))
@@ -184,6 +204,68 @@ def test_loading_runs_no_code(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"evil\.pt is no checkpoint .*UnpicklingError"):
         spectra.load(tmp_path / "evil.pt")
     assert "executed" not in capsys.readouterr().out
+
+
+def _same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_checkpoints_by_their_usual_names(key):
+    net = _net()
+    checkpoint = {"epoch": 3, key: net.state_dict(), "optimizer_state_dict": {}}
+    _same(spectra.matrices(checkpoint), spectra.matrices(net))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the older weight norm is deprecated
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_norm_is_multiplied_out(norm, dim):
+    torch.manual_seed(0)
+    plain, net = nn.Linear(6, 4), nn.Linear(6, 4)
+    net.load_state_dict(plain.state_dict())
+    net = norm(nn.Sequential(net)[0], dim=dim)
+    for parameter in net.parameters():
+        parameter.data *= 1.5
+    _same(spectra.matrices(nn.Sequential(net)), {"0": net(torch.eye(6)).sub(net.bias).T})
+    net(torch.ones(2, 6)).sum().backward()
+    with pytest.raises(ValueError, match="no weight matrix"):  # none is the gradient of W
+        spectra.gradient_alignment(net)
+
+
+def test_recurrent_weights_are_a_matrix_a_gate():
+    torch.manual_seed(0)
+    lstm = nn.LSTM(5, 4, num_layers=2, bidirectional=True)
+    found = spectra.matrices(nn.ModuleDict({"lstm": lstm}))
+    assert len(found) == 2 * 2 * 2 * 4  # layers, directions, input and hidden, gates
+    torch.testing.assert_close(found["lstm.ih_l0.g"], lstm.weight_ih_l0[8:12].detach())
+    torch.testing.assert_close(
+        found["lstm.hh_l1_reverse.o"], lstm.weight_hh_l1_reverse[12:].detach()
+    )
+    assert set(spectra.matrices(nn.GRU(5, 4))) == {
+        f"{kind}_l0.{gate}" for kind in ("ih", "hh") for gate in "rzn"
+    }
+    assert set(spectra.matrices(nn.RNN(5, 4))) == {"ih_l0", "hh_l0"}
+
+
+def test_experts_that_are_stacked_are_a_matrix_each():
+    stacked = torch.randn(3, 8, 6)
+    state = {"layers.0.mlp.experts.gate_up_proj": stacked, "conv.weight": torch.randn(4, 3, 5)}
+    found = spectra.matrices(state)
+    assert {name: tuple(w.shape) for name, w in found.items()} == {
+        **{f"layers.0.mlp.experts.gate_up_proj.{i}": (8, 6) for i in range(3)}, "conv": (4, 15),
+    }  # fmt: skip
+    assert torch.equal(found["layers.0.mlp.experts.gate_up_proj.1"], stacked[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8(dtype):
+    weight = torch.randn(8, 6).to(dtype)
+    (row,) = spectra.table({"a.weight": weight})
+    (expected,) = spectra.table({"a.weight": weight.float()})
+    assert row == pytest.approx(expected, nan_ok=True)
 
 
 def test_nothing_to_measure_is_an_error():

@@ -249,9 +249,8 @@ def _save(experiment: Experiment, root: Path) -> None:
 def weight_spectra(folder: str | os.PathLike, *, layers: str = "*") -> dict[str, float]:
     """Means over the weights that match the glob ``layers``, of a run's last weights.
 
-    ``alpha``, ``hill``, ``stable_rank`` and ``entropy`` of :func:`ses_lab.spectra.table`;
-    ``stable_rank_share`` of the smaller side; ``decay``, the exponent a of sigma_i ~ i^-a by least
-    squares over ranks from 10 to 60 % (that of mgrts/vision-spectra, there called alpha); each
+    ``alpha``, ``hill``, ``hill_top``, ``stable_rank``, ``entropy`` and ``decay`` of
+    :func:`ses_lab.spectra.table`; ``stable_rank_share`` of the smaller side; each
     also as ``..._change`` since the initial weights. Fits that fail are left out.
     """
     import torch
@@ -271,20 +270,10 @@ def _means(model, layers: str) -> dict[str, float]:
     rows = [row for row in spectra.table(model) if fnmatchcase(row["layer"], layers)]
     if not rows:
         raise ConfigError(f"probes.spectra.layers: {layers!r} matches no weight of the model")
-    sigmas = spectra.singular_values(model)
     for row in rows:
         row["stable_rank_share"] = row["stable_rank"] / min(row["rows"], row["columns"])
-        row["decay"] = _decay(sigmas[row["layer"]])
-    keys = ("alpha", "hill", "stable_rank", "stable_rank_share", "entropy", "decay")
+    keys = ("alpha", "hill", "hill_top", "stable_rank", "stable_rank_share", "entropy", "decay")
     return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}
-
-
-def _decay(sigma: np.ndarray) -> float:  # (n,) descending
-    n = len(sigma)
-    ranks = np.arange(max(1, n // 10), max(1, n * 6 // 10))  # from 0
-    if len(ranks) < 2 or sigma[ranks[-1]] <= 0:
-        return np.nan
-    return float(-np.polyfit(np.log(ranks + 1), np.log(sigma[ranks]), 1)[0])
 
 
 def entropy_targets(folder: str | os.PathLike) -> dict[str, float]:
