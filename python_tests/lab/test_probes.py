@@ -298,6 +298,42 @@ def test_accuracy_under_corruption(trained, digits):
     assert result["mean"] == pytest.approx((result["contrast"] + result["jpeg"]) / 2)
 
 
+def test_the_set_of_the_source_acts_on_normalised_images(photographs):
+    """Against its definitions, written out; the network sees what they give, nothing clamped."""
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    x = photographs[:2]
+    side = x.shape[-1]
+    net = models.build("mlp", channels=3, size=side, classes=2, mean=mean, std=std)
+    z = net.normalize(x)
+    padded = F.pad(z, (2, 2, 2, 2))
+    box = sum(padded[..., i : i + side, j : j + side] for i in range(5) for j in range(5)) / 25
+    average = z.mean((2, 3), keepdim=True)
+    noise = torch.randn(z.shape, generator=_seeded())
+    expected = {
+        "gaussian_noise": z + 0.08 * noise,
+        "gaussian_blur": box,
+        "contrast": average + 0.4 * (z - average),
+        "brightness": z + 0.3,
+        "shot_noise": torch.poisson(z.clamp_min(0) * 100, generator=_seeded()) / 100,
+    }
+    assert expected.keys() == corruptions.SOURCE.keys()
+    for name, value in expected.items():
+        out = corruptions.corrupt(x, name, 3, _seeded(), "source", net)
+        torch.testing.assert_close(net.normalize(out), value, rtol=1e-5, atol=1e-5)
+    bright = corruptions.corrupt(torch.ones(1, 3, side, side), "brightness", 5, None, "source", net)
+    assert bright.min() > 1
+
+
+def test_the_set_of_the_source_has_its_severities(digits):
+    x, y = digits
+    net = models.build("mlp", channels=1, size=8, classes=10)
+    result = corruptions.corruption(net, x, y, _seeded(), set="source", samples=50)
+    names = {f"{name}/{s}" for name in corruptions.SOURCE for s in (1, 3, 5)}
+    assert result.keys() == {"clean", "mean", *corruptions.SOURCE, *names}
+    with pytest.raises(ValueError, match="unknown corruption set 'sorce'; did you mean 'source'"):
+        corruptions.corruption(net, x, y, set="sorce")
+
+
 def test_unknown_corruptions_are_named():
     for name, severity in (("frost", 1), ("fog", 0), ("fog", 6)):
         with pytest.raises(ValueError, match=f"{name}.*{severity}.*1 to 5.*elastic"):

@@ -5,17 +5,23 @@ corruptions" (ICLR 2019), with the strengths of their CIFAR-10-C, meant for side
 pixels; lengths are in pixels, so 8 x 8 digits suffer more. Not their images: fog is another noise,
 motion blur, defocus and elastic are built and scaled by us, JPEG does not subsample the colours.
 Left out are frost (needs photographs), snow, spatter, glass blur and saturate.
+
+:data:`SOURCE` is another set: the five corruptions with which Spectral Entropy Shaping was
+published, in their strengths. They act on *normalised* images and clamp nothing: their numbers
+compare with each other and with no one else's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ses_lab.names import lookup
 from ses_lab.probes.common import accuracy, evaluation, rand, randn
 
 Generator = torch.Generator | None
@@ -201,20 +207,72 @@ CORRUPTIONS: dict[str, tuple[Callable[..., Tensor], Sequence]] = {
 }
 
 
-def corrupt(x: Tensor, name: str, severity: int, generator: Generator = None) -> Tensor:
-    """(N, C, H, W) images in [0, 1] under one of :data:`CORRUPTIONS` at severity 1 to 5.
+def corrupt(
+    x: Tensor,
+    name: str,
+    severity: int,
+    generator: Generator = None,
+    set: str = "hendrycks",
+    model: nn.Module | None = None,
+) -> Tensor:
+    """(N, C, H, W) images in [0, 1] under one corruption of :data:`SETS` at severity 1 to 5.
 
-    ValueError for an unknown name, a severity out of range, or an x that is no batch of images.
+    Those of "source" leave [0, 1]: ``model.normalize`` makes of them what the source hands its
+    network. ValueError for an unknown name, a severity out of range, or an x that is no batch of
+    images.
     """
-    if name not in CORRUPTIONS or severity not in range(1, 6):
+    known = SETS[set].corruptions
+    if name not in known or severity not in range(1, 6):
         raise ValueError(
             f"no corruption {name!r} of severity {severity!r}: severities are 1 to 5 and names "
-            f"{', '.join(CORRUPTIONS)}"
+            f"{', '.join(known)}"
         )
     if x.dim() != 4:
         raise ValueError(f"corruptions are for images (N, C, H, W), got {tuple(x.shape)}")
-    function, strengths = CORRUPTIONS[name]
-    return function(x, strengths[severity - 1], generator).clamp(0, 1)
+    function, strengths = known[name]
+    if set == "hendrycks":
+        return function(x, strengths[severity - 1], generator).clamp(0, 1)
+    normalize = model.normalize
+    corrupted = function(normalize(x), strengths[severity - 1], generator)
+    return corrupted * normalize.std + normalize.mean
+
+
+# ---- the five of D. Le Bone, Spectral Entropy Shaping (2026), ses_vit_augmentation.py: z is
+# (N, C, H, W), normalised, and c the strength ----
+
+
+def _added_noise(z: Tensor, c: float, generator: Generator) -> Tensor:
+    return z + c * randn(z.shape, generator, z)
+
+
+def _box_blur(z: Tensor, side: int, generator: Generator) -> Tensor:
+    kernel = torch.ones(z.shape[1], 1, side, side, device=z.device, dtype=z.dtype) / side**2
+    return F.conv2d(z, kernel, padding=side // 2, groups=z.shape[1])  # zeros: the mean colour
+
+
+def _added_light(z: Tensor, c: float, generator: Generator) -> Tensor:
+    return z + c
+
+
+def _positive_shots(z: Tensor, photons: float, generator: Generator) -> Tensor:
+    return _shot_noise(z.clamp_min(0), photons, generator)  # what is darker than the mean is lost
+
+
+SOURCE: dict[str, tuple[Callable[..., Tensor], Sequence]] = {
+    "gaussian_noise": (_added_noise, (0.04, 0.06, 0.08, 0.10, 0.12)),
+    "gaussian_blur": (_box_blur, (3, 3, 5, 5, 7)),  # a box, under the name that it has there
+    "contrast": (_contrast, (0.8, 0.6, 0.4, 0.3, 0.2)),
+    "brightness": (_added_light, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "shot_noise": (_positive_shots, (500, 250, 100, 75, 50)),
+}
+
+
+class _Set(NamedTuple):
+    corruptions: Mapping[str, tuple[Callable[..., Tensor], Sequence]]
+    severities: tuple[int, ...]
+
+
+SETS = {"hendrycks": _Set(CORRUPTIONS, (1, 2, 3, 4, 5)), "source": _Set(SOURCE, (1, 3, 5))}
 
 
 def corruption(
@@ -223,8 +281,9 @@ def corruption(
     labels: Tensor,
     generator: Generator = None,
     *,
-    names: Sequence[str] = tuple(CORRUPTIONS),
-    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    set: str = "hendrycks",
+    names: Sequence[str] | None = None,
+    severities: Sequence[int] | None = None,
     samples: int | None = None,
     batch_size: int = 256,
 ) -> dict[str, float]:
@@ -232,12 +291,22 @@ def corruption(
 
     The last two are means over the severities and over all. One minus ``mean`` is the unnormalised
     corruption error; the paper's mCE divides by AlexNet's, which is not here.
+
+    Args:
+        set: "hendrycks", or "source", which needs ``model.normalize``; see above.
+        names: of the set; None for all of them.
+        severities: 1 to 5; None for all of them, 1, 3 and 5 in the source's set.
     """
+    chosen = lookup("corruption set", SETS, set)
+    names = tuple(chosen.corruptions) if names is None else names
+    severities = chosen.severities if severities is None else severities
     with evaluation(model, images, labels, generator, samples, batch_size) as batches:
         result = {"clean": accuracy(model, batches)}
         for name in names:
             for severity in severities:
-                corrupted = [(corrupt(x, name, severity, generator), y) for x, y in batches]
+                corrupted = [
+                    (corrupt(x, name, severity, generator, set, model), y) for x, y in batches
+                ]
                 result[f"{name}/{severity}"] = accuracy(model, corrupted)
             result[name] = sum(result[f"{name}/{s}"] for s in severities) / len(severities)
     result["mean"] = sum(result[name] for name in names) / len(names)
