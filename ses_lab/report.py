@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ses_lab import experiments, figures
+from ses_lab import document, experiments, figures
 from ses_lab.config import ConfigError
+from ses_lab.document import Block, Heading, Paragraph, Picture, Table
 from ses_lab.folder import atomic
-from ses_lab.results import Results, collect, table
+from ses_lab.results import Contrast, Results, collect, over_studies, table
 
-_HEAD = """# Report
-
+_HEAD = """\
 Mean ± sample standard deviation over seeds. Differences are paired by seed with the control, the
-first variant; p is that of a two-sided paired t-test, not corrected for the number of
-comparisons. Accuracy, gap and corruption are in percent; the gap is the accuracy on the training
-set, as trained, with augmentation, less that on the test set; best_accuracy is that of the best
-epoch on the test set, as the sources report it. A time is the median over the epochs of their
+first variant, or with the variant that the study names; p is that of a two-sided paired t-test, not
+corrected for the number of comparisons, Holm p is corrected for those of one measure in one study.
+d is Cohen's, over the pooled deviation, and rank p that of a Mann-Whitney test, which knows of no
+pairs. Accuracy, F1, AUROC, gap and corruption are in percent; the gap is the accuracy on the
+training set, as trained, with augmentation, less that on the test set; best_accuracy is that of the
+best epoch on the test set, as the sources report it. A time is the median over the epochs of their
 training steps alone, without evaluation and without writing; memory is the peak of the device in
 MiB, on the CPU that of the process. Published numbers belong to other data and networks than ours
-at scale smoke.
-"""
+at scale smoke."""
 
 
 def write(folder: str | os.PathLike, seeds: Sequence[int] = ()) -> Path:
-    """``report.md``, ``report.csv``, ``report.json`` and figures in ``folder/report``; the first.
+    """``report.md``, ``.html``, ``.csv``, ``.json`` and figures in ``folder/report``; the first.
 
     ``folder`` is what :func:`ses_lab.experiments.run` wrote to, several experiments and scales; it
-    may be unfinished. ``seeds`` are those to take, all if there are none. Cost: reads every run's
-    metrics and probes, trains nothing.
+    may be unfinished. ``seeds`` are those to take, all if there are none. The HTML file holds its
+    figures and opens by itself. Cost: reads every run's metrics and probes, trains nothing.
 
     Raises:
         ConfigError: there is no experiment in it.
@@ -46,18 +48,17 @@ def write(folder: str | os.PathLike, seeds: Sequence[int] = ()) -> Path:
         raise ConfigError(f"no */*/experiment.yaml in {folder}: run an experiment there first")
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    parts, cells = [_HEAD + "\n" + _coverage(found)], []
-    for name, scales in found.items():
-        parts.append(_section(scales))
-        for results in scales:
-            scale = results.experiment.scale
-            cells += table(results)
-            for kind, figure in figures.draw(results).items():
-                file = f"{name}-{scale}-{kind}.png"
-                with atomic(out / file) as stream:
-                    figure.savefig(stream, format="png", dpi=110)
-                parts.append(f"![{kind}, scale {scale}]({file})")
-    _text(out / "report.md", "\n\n".join(parts) + "\n")
+    everything = [results for scales in found.values() for results in scales]
+    blocks = [Heading("Report", 1), Paragraph(_HEAD), *_coverage(found), *_studies(everything)]
+    for scales in found.values():
+        blocks += [*_section(scales), *(p for results in scales for p in _pictures(results))]
+    for block in blocks:
+        if isinstance(block, Picture):
+            with atomic(out / block.file) as stream:
+                stream.write(block.png)
+    _text(out / "report.md", document.markdown(blocks))
+    _text(out / "report.html", document.html("Report", blocks))
+    cells = [cell for results in everything for cell in table(results)]
     _text(out / "report.json", json.dumps(cells, indent=1) + "\n")
     with open(out / "report.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, cells[0].keys())
@@ -73,45 +74,104 @@ def _text(path: Path, text: str) -> None:
         stream.write(text.encode())
 
 
-def _coverage(found: Mapping[str, Sequence[Results]]) -> str:
-    lines = ["| experiment | full | smoke |", "|---|---|---|"]
+def _coverage(found: Mapping[str, Sequence[Results]]) -> list[Block]:
+    rows = []
     for name in sorted({*experiments.names(), *found}):
         done = dict.fromkeys(("full", "smoke"), "not run")
         for results in found.get(name, ()):
             experiment = results.experiment
             total = len(experiment.variants) * len(experiment.seeds)
             done[experiment.scale] = f"{results.finished} of {total} runs"
-        lines.append(f"| {name} | {done['full']} | {done['smoke']} |")
-    return "\n".join(["## What was run, at which scale", "", *lines])
+        rows.append((name, done["full"], done["smoke"]))
+    return [
+        Heading("What was run, at which scale"), Table(("experiment", "full", "smoke"), rows)
+    ]  # fmt: skip
 
 
-def _section(scales: Sequence[Results]) -> str:
+def _studies(everything: Sequence[Results]) -> list[Block]:
+    rows = [
+        (
+            row["study"], row["scale"], row["variant"], row["against"], row["on"],
+            f"{row['task']:.2f}", *(_contrast(row[k]) for k in ("accuracy", "gap", "corruption")),
+        )
+        for row in over_studies(everything)
+    ]  # fmt: skip
+    if not rows:
+        return []
+    head = ("study", "scale", "variant", "against", "network and data", "accuracy without",
+            "accuracy", "gap", "under corruption")  # fmt: skip
+    return [
+        Heading("What shaping changed, over the studies"),
+        Paragraph(
+            "Pairs that are the same but for the penalty, the hardest task first, by the accuracy "
+            "without it; differences in percentage points."
+        ),
+        Table(head, rows),
+    ]
+
+
+def _contrast(found: Contrast) -> str:
+    if found.difference is None:
+        return ""
+    p = f" (p = {found.p:.2g})" if found.p is not None else ""
+    return f"{_number(found.difference, 1.0, '+')}{p}"
+
+
+def _section(scales: Sequence[Results]) -> list[Block]:
     first = scales[0].experiment
-    lines = [f"## {first.title}", "", first.question, ""]
+    blocks: list[Block] = [Heading(first.title)]
+    if first.question:
+        blocks.append(Paragraph(first.question))
     for results in scales:
         experiment = results.experiment
         configs = experiment.runs(results.root).values()
         settings = dict.fromkeys(f"{c.model.slug} on {c.dataset.slug}, {c.epochs} epochs"
                                  for c in configs)  # fmt: skip
-        lines.append(f"Scale {experiment.scale}: {'; '.join(settings)}.")
+        blocks.append(Paragraph(f"Scale {experiment.scale}: {'; '.join(settings)}."))
     for number, reference in enumerate(first.reference, 1):
-        lines.append(f"\nPublished [{number}]: {reference.setting}. {reference.source}.")
+        text = f"Published [{number}]: {reference.setting}. {reference.source}."
+        blocks.append(Paragraph(text))
     if not first.reference:
-        lines.append("\nNo published numbers at hand.")
-    lines += ["", f"| variant | where | {' | '.join(first.measures)} |"]
-    lines.append("|---" * (2 + len(first.measures)) + "|")
+        blocks.append(Paragraph("No published numbers at hand."))
+    rows = []
+    tables = {results.experiment.scale: table(results) for results in scales}
     for variant in first.variants:
-        for results in scales:
-            cells = [cell for cell in table(results) if cell["variant"] == variant]
-            n = max((cell["seeds"] for cell in cells), default=0)
+        for scale, cells in tables.items():
+            mine = [cell for cell in cells if cell["variant"] == variant]
+            n = max((cell["seeds"] for cell in mine), default=0)
             if n:
-                where = f"{results.experiment.scale}, n = {n}"
-                lines.append(f"| {variant} | {where} | {' | '.join(map(_cell, cells))} |")
+                rows.append((variant, f"{scale}, n = {n}", *map(_cell, mine)))
         for number, reference in enumerate(first.reference, 1):
             if row := reference.rows.get(variant):
-                shown = " | ".join(_published(row.get(measure)) for measure in first.measures)
-                lines.append(f"| | published [{number}], n = {reference.seeds} | {shown} |")
-    return "\n".join(lines)
+                shown = (_published(row.get(measure)) for measure in first.measures)
+                rows.append(("", f"published [{number}], n = {reference.seeds}", *shown))
+    blocks.append(Table(("variant", "where", *first.measures), rows))
+    compared = [cell for cells in tables.values() for cell in cells if cell["p"] is not None]
+    if compared:
+        head = ("variant", "against", "scale", "measure", "difference", "p", "Holm p", "d",
+                "rank p")  # fmt: skip
+        blocks.append(Table(head, [_comparison(cell) for cell in compared]))
+    return blocks
+
+
+def _comparison(cell: Mapping[str, Any]) -> tuple[str, ...]:
+    numbers = (f"{cell[k]:.2g}" if cell[k] is not None else "" for k in ("p", "p_holm"))
+    d = f"{cell['d']:+.2f}" if cell["d"] is not None else ""
+    difference = _number(cell["difference"], cell["mean"], "+")
+    return (
+        cell["variant"], cell["against"], cell["scale"], cell["measure"], difference, *numbers, d,
+        f"{cell['p_rank']:.2g}",
+    )  # fmt: skip
+
+
+def _pictures(results: Results) -> list[Block]:
+    experiment, found = results.experiment, []
+    for kind, figure in figures.draw(results).items():
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=110)
+        file = f"{experiment.name}-{experiment.scale}-{kind}.png"
+        found.append(Picture(f"{kind}, scale {experiment.scale}", file, stream.getvalue()))
+    return found
 
 
 def _cell(cell: Mapping[str, Any]) -> str:

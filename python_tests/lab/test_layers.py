@@ -12,7 +12,8 @@ LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
           "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
           "probes.representation", "probes", "spectra", "sinks", "config", "folder",
           "regimes", "build", "engine", "training", "measure", "experiments",
-          "catalogue", "results", "figures", "report", "launch", "cli", "__main__"]  # fmt: skip
+          "catalogue", "results", "figures", "document", "report", "launch", "cli",
+          "__main__"]  # fmt: skip
 
 
 def imports_of(path):

@@ -1,9 +1,12 @@
 """Reports: numbers recomputed by hand from run folders that the tests write themselves."""
 
+import base64
 import csv
 import json
 import math
 import shutil
+import subprocess
+from html.parser import HTMLParser
 
 import matplotlib.image
 import numpy as np
@@ -11,10 +14,10 @@ import pytest
 import yaml
 from scipy import stats
 
-from ses_lab import experiments, figures, report
+from ses_lab import document, experiments, figures, report
 from ses_lab.config import ConfigError
 from ses_lab.folder import RunFolder, write_json
-from ses_lab.results import collect, paired, table
+from ses_lab.results import collect, contrast, holm, over_studies, table
 
 DOCUMENT = {
     "title": "Every k-th step",
@@ -175,14 +178,145 @@ def test_dynamics_has_targets(folder, tmp_path):
     assert panel.get_title() == "k=1"
 
 
-def test_paired():
+def test_contrast():
     a, b = {0: 1.0, 1: 3.0, 2: 2.0, 5: 9.0}, {0: 0.5, 1: 1.0, 2: 1.5, 4: 9.0}
-    mean, p = paired(a, b)
-    assert mean == pytest.approx(1.0)
-    assert p == pytest.approx(stats.ttest_1samp([0.5, 2.0, 0.5], 0).pvalue)
-    assert paired({0: 1.0}, {0: 0.5}) == (0.5, None)
-    assert paired({0: 1.0}, {1: 0.5}) == (None, None)
-    assert paired({0: math.inf, 1: 1.0}, {0: 0.5, 1: 0.5}) == (None, None)
+    found = contrast(a, b)
+    assert found.difference == pytest.approx(1.0)
+    assert found.p == pytest.approx(stats.ttest_1samp([0.5, 2.0, 0.5], 0).pvalue)
+    assert found.d == pytest.approx(1.0 / math.sqrt((1.0 + 0.25) / 2))  # variances 1 and 1 / 4
+    assert found.p_rank == pytest.approx(stats.mannwhitneyu([1, 3, 2], [0.5, 1, 1.5]).pvalue)
+    apart = contrast({0: 5.0, 1: 6.0, 2: 7.5}, {0: 1.0, 1: 3.0, 2: 2.0})
+    assert apart.p_rank == pytest.approx(0.1)  # 2 of 20 orders
+    assert contrast({0: 1.0}, {0: 0.5}) == (0.5, None, None, None)
+    assert contrast({0: 1.0}, {1: 0.5}) == (None,) * 4
+    assert contrast({0: math.inf, 1: 1.0}, {0: 0.5, 1: 0.5}) == (None,) * 4
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_variants_are_compared_with_what_the_study_names(folder):
+    results = collect(folder / "periodic" / "smoke")
+    experiment = results.experiment.model_copy(update={"against": {"k=1": "k=10"}})
+    cells = table(results._replace(experiment=experiment))
+    got = cell(cells, "k=1", "accuracy")
+    assert (got["against"], got["difference"]) == ("k=10", pytest.approx(2))  # 85 - 81, 83 - 83
+    assert cell(cells, "k=10", "accuracy")["against"] == "baseline"
+    assert cell(cells, "baseline", "accuracy")["against"] is None
+    file = folder.parent / "periodic.yaml"
+    with pytest.raises(ConfigError, match="unknown variant of against 'k=2'; did you mean"):
+        experiments.load(str(file), "smoke", {"against": {"k=2": "k=1"}})
+
+
+def test_holm_is_over_the_variants_of_a_measure(folder):
+    results = collect(folder / "periodic" / "smoke")
+    results.runs["k=10"][2] = {"corruption.mean": 58.5}  # 51, 53, and a third
+    cells = [c for c in table(results) if c["measure"] == "corruption.mean"]
+    ps = [c["p"] for c in cells if c["p"] is not None]
+    assert len(ps) == 2
+    assert [c["p_holm"] for c in cells[1:]] == holm(ps)
+    assert min(c["p_holm"] for c in cells[1:]) == 2 * min(ps)
+
+
+def test_over_studies_is_in_the_order_of_difficulty(folder, tmp_path):
+    results = collect(folder / "periodic" / "smoke")
+    harder = results._replace(runs={
+        variant: {seed: {**n, "accuracy": n["accuracy"] - 50} for seed, n in runs.items()}
+        for variant, runs in results.runs.items()
+    })  # fmt: skip
+    rows = over_studies([results, harder])
+    assert [row["task"] for row in rows] == pytest.approx([32, 32, 82, 82])
+    assert [row["variant"] for row in rows] == ["k=1", "k=10"] * 2
+    assert rows[0]["accuracy"].difference == pytest.approx(4)
+    assert rows[0]["gap"].difference == pytest.approx(-4)
+    assert rows[0]["corruption"].difference == pytest.approx(10)
+    # Another one that changes more than the penalty is no pair.
+    variants = {**results.experiment.variants, "k=10": {"clip": 1.0, "regularizer.ses": {}}}
+    experiment = results.experiment.model_copy(update={"variants": variants})
+    (row,) = over_studies([results._replace(experiment=experiment)])
+    assert row["variant"] == "k=1"
+
+
+class Page(HTMLParser):
+    """Cells of every table, and where the pictures come from."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.sources, self.cell, self.open = [], [], None, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self.sources += [attributes[key] for key in ("src", "href") if key in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+
+def test_html_is_one_file_that_says_the_same(written):
+    page = Page((written.parent / "report.html").read_text())
+    assert not page.open
+    lines = written.read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|") and not line.startswith("|---")]
+    shown = [[cell.strip() for cell in line[1:-1].split("|")] for line in rows]
+    assert [row for table in page.tables for row in table] == shown
+    assert len(page.sources) == 2  # the figures; no style, script or font from elsewhere
+    for source, kind in zip(page.sources, ("measures", "pareto"), strict=True):
+        data = source.removeprefix("data:image/png;base64,")
+        file = written.parent / f"periodic-smoke-{kind}.png"
+        assert base64.b64decode(data) == file.read_bytes()
+
+
+def test_html_escapes_what_it_shows():
+    page = document.html("<t>", [document.Table(("a & b",), [("<b>x</b>",)])])
+    assert "<td>&lt;b&gt;x&lt;/b&gt;</td>" in page
+    assert "<title>&lt;t&gt;</title>" in page
+    assert Page(page).tables == [[["a & b"], ["<b>x</b>"]]]
+
+
+# A table with just what the script touches.
+_DOM = """
+const row = cells => ({cells: cells.map(textContent => ({textContent}))});
+const rows = %s.map(row);
+const body = {rows, append(...sorted) { this.rows = sorted; }};
+const heads = %s.map((_, cellIndex) => ({cellIndex, closest: () => ({tBodies: [body]}),
+  removeAttribute() { delete this.ariaSort; },
+  addEventListener(_, click) { this.click = click; }}));
+heads.forEach(th => th.parentNode = {querySelectorAll: () => heads});
+globalThis.document = {querySelectorAll: () => heads};
+%s
+const shown = () => body.rows.map(r => r.cells.map(c => c.textContent));
+const seen = [];
+for (const i of %s) { heads[i].click(); seen.push(shown()); }
+console.log(JSON.stringify(seen));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node to run the script with")
+def test_html_tables_sort():
+    rows = [["b", "10 ± 1"], ["", "published"], ["a", "9.5 (+1)"], ["c", ""]]
+    code = _DOM % (json.dumps(rows), json.dumps(rows[0]), document._SCRIPT, [1, 1, 0])
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True)
+    up, down, by_name = json.loads(done.stdout)
+    b, published, a, c = rows
+    assert up == [a, b, published, c]
+    assert down == [c, b, published, a]
+    assert by_name == [a, b, published, c]
 
 
 def test_numbers_that_are_not_finite_leave_valid_json(folder, tmp_path):

@@ -11,6 +11,8 @@
     question: How much of the effect remains, and of the cost?
     seeds: [42]
     probes: {corruption: {severities: [1, 3, 5]}}
+    weights: best                                      # that are probed; the last by default
+    against: {ses+mixup: mixup}                        # compared with that, not with the control
     measures: [accuracy, gap, corruption.mean]         # columns of the report
     sweep: regularizer.ses.every_k                     # an axis of its figure
     reference: [{source: ..., setting: ..., rows: {k=10: {accuracy: 75.85}}}]
@@ -29,7 +31,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -78,9 +80,11 @@ class Experiment(Strict):
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     probes: dict[str, dict[str, Any]] = Field({})
+    weights: Literal["last", "best"] = "last"  # of the runs, that are probed
     measures: tuple[str, ...] = ("accuracy",)
     sweep: str | None = None
     pareto: str | None = None  # a measure, to be drawn against overhead
+    against: dict[str, str] = Field({})  # variant -> what it is compared with; else the control
     reference: tuple[Reference, ...] = ()
 
     @model_validator(mode="after")
@@ -90,6 +94,9 @@ class Experiment(Strict):
         for measure in (*self.measures, *([self.pareto] if self.pareto else [])):
             if measure.partition(".")[0] not in (*METRICS, *self.probes):
                 raise ValueError(unknown("measure", measure, (*METRICS, *self.probes)))
+        for pair in self.against.items():
+            for variant in pair:
+                lookup("variant of against", self.variants, variant)
         for reference in self.reference:
             for variant in reference.rows:
                 lookup("variant of reference", self.variants, variant)
@@ -99,6 +106,11 @@ class Experiment(Strict):
     @property
     def control(self) -> str:
         return next(iter(self.variants))
+
+    def opponent(self, variant: str) -> str | None:
+        """What a variant is compared with; None for the control itself."""
+        other = self.against.get(variant, self.control)
+        return None if other == variant else other
 
     def runs(self, root: Path, variants: Sequence[str] = ()) -> dict[Path, RunConfig]:
         """Folder -> configuration of every run, those that others learn from before them.
@@ -234,7 +246,8 @@ def run(
         missing = [choice for choice in chosen if choice.slug not in run.read_json("probes.json")]
         if not run.finished() or not missing:
             continue
-        measure.probe(folder, [choice for choice in missing if choice.name in PROBES])
+        of_model = [choice for choice in missing if choice.name in PROBES]
+        measure.probe(folder, of_model, experiment.weights)
         ours = {c.slug: OF_RUNS[c.name](folder, **c.params) for c in missing if c.name in OF_RUNS}
         with run.claim(config):
             write_json(run / "probes.json", {**run.read_json("probes.json"), **ours})
