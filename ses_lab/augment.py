@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from ses_lab.randaugment import randaugment
+
 Augmentation = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -97,4 +99,5 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "crop_flip": crop_flip,
     "mixup": mixup,
     "cutmix": cutmix,
+    "randaugment": randaugment,
 }

@@ -8,7 +8,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
           "data.subset", "data.download", "data.bundled", "data.archives", "data",
-          "data.__main__", "losses", "metrics", "augment", "optim", "distill",
+          "data.__main__", "losses", "metrics", "randaugment", "augment", "optim", "distill",
           "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
           "probes.representation", "probes", "spectra", "sinks", "config", "folder",
           "regimes", "build", "engine", "training", "measure", "experiments",
