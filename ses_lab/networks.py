@@ -198,14 +198,21 @@ class WideResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    """With ``weights`` its ``softmax`` is a module, whose output a hook sees: (N, heads, T, T)."""
+
+    def __init__(self, width: int, heads: int, weights: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.softmax = nn.Softmax(-1) if weights else None
 
     def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, D / heads)
-        out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.softmax is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = self.softmax(q @ k.mT / q.shape[-1] ** 0.5) @ v
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -219,18 +226,31 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, drop_path: float, weights: bool) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
+        self.drop_path = drop_path
+        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads, weights)
         self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self._kept(self.attn(self.norm1(x)))
+        return x + self._kept(self.mlp(self.norm2(x)))
+
+    def _kept(self, branch: Tensor) -> Tensor:
+        """Stochastic depth: whole samples left out, the others scaled up for the mean to stay."""
+        if not self.drop_path or not self.training:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
 
 
 class VisionTransformer(nn.Module):
-    """Stages are its blocks, (N, 1 + patches, D) with the class token first."""
+    """Stages are its blocks, (N, 1 + patches, D) with the class token first.
+
+    ``drop_path`` is the share of samples that the last block leaves out in training; it rises
+    linearly from 0 at the first (Huang et al., ECCV 2016). ``attention_weights``: attention by a
+    softmax that hooks can reach, ``blocks.*.attn.softmax``, which is slower than the fused kernel.
+    """
 
     classifier, ses_layers = "head", None
 
@@ -243,6 +263,8 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         heads: int | None = None,
         patch: int = 4,
+        drop_path: float = 0.0,
+        attention_weights: bool = False,
     ) -> None:
         super().__init__()
         heads = heads or max(1, embed_dim // 64)  # DeiT's 64 channels a head
@@ -252,11 +274,16 @@ class VisionTransformer(nn.Module):
                 f"patches of {patch} must tile images of size {size}, and {heads} heads divide "
                 f"embed_dim {embed_dim}; pass patch= or heads="
             )
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path is in [0, 1), got {drop_path}")
         self.normalize = normalize
         self.patch_embed = nn.Conv2d(normalize.channels, embed_dim, patch, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (size // patch) ** 2, embed_dim))
-        self.blocks = nn.Sequential(*(Block(embed_dim, heads) for _ in range(depth)))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.Sequential(
+            *(Block(embed_dim, heads, rate, attention_weights) for rate in rates)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, classes)
         self.stages = tuple(f"blocks.{i}" for i in range(depth))

@@ -21,6 +21,7 @@ SMALL = {
     "resnet56": {"width": 4},
     "resnet112": {"width": 4},
     "vit_tiny": {"embed_dim": 32, "depth": 2, "patch": 4},
+    "vit_small": {"embed_dim": 32, "depth": 2, "patch": 4},
     "mlp": {},
 }
 
@@ -305,6 +306,39 @@ class Logits(nn.Module):
 
     def forward(self, x):
         return self.last(self.body(x)[0]), "other"
+
+
+def test_drop_path_leaves_out_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    model = build("vit_tiny", channels=1, size=8, classes=3, embed_dim=16, depth=3, drop_path=0.4)
+    assert [block.drop_path for block in model.blocks] == pytest.approx([0, 0.2, 0.4])
+    x = torch.randn(1, 5, 16).expand(4000, -1, -1)
+    block = model.blocks[2]
+    with torch.no_grad():
+        whole = block.attn(block.norm1(x[:1]))
+        kept = block._kept(whole.expand(4000, -1, -1))
+        share = (kept != 0).flatten(1).any(1).double().mean()
+        assert share.item() == pytest.approx(0.6, abs=4 * (0.24 / 4000) ** 0.5)
+        torch.testing.assert_close(kept.mean(0), whole[0] * share / 0.6, rtol=1e-4, atol=1e-6)
+        block.eval()
+        assert torch.equal(block._kept(whole), whole)
+    with pytest.raises(ValueError, match=r"drop_path is in \[0, 1\), got 1"):
+        build("vit_tiny", channels=1, size=8, classes=3, drop_path=1.0)
+
+
+def test_attention_weights_on_request():
+    options = {"channels": 1, "size": 8, "classes": 3, "embed_dim": 16, "depth": 2, "heads": 2}
+    torch.manual_seed(0)
+    fused = build("vit_tiny", **options).eval()
+    explicit = build("vit_tiny", attention_weights=True, **options).eval()
+    explicit.load_state_dict(fused.state_dict())
+    seen = []
+    explicit.blocks[1].attn.softmax.register_forward_hook(lambda m, i, out: seen.append(out))
+    x = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(explicit(x), fused(x))
+    (weights,) = seen
+    assert weights.shape == (3, 2, 5, 5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 5))
 
 
 def test_importable_model():
