@@ -178,6 +178,12 @@ def regime(config: RunConfig, dataset: Dataset, network: nn.Module) -> Supervise
         ).to(device)
 
 
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """In which passes forward run: ``config.precision``; nothing changes in float32."""
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.precision != "fp32")
+
+
 def shaping(
     config: RunConfig, network: nn.Module, group: torch.distributed.ProcessGroup | None
 ) -> SESRegularizer | None:
@@ -192,13 +198,17 @@ def shaping(
 def optimizer(
     config: RunConfig, regime: Supervised, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Optimiser and schedule, to be stepped ``steps`` times; ``schedule.warmup`` is a share."""
+    """Optimiser and schedule, to be stepped ``steps`` times in the epochs of the run."""
     params = {"lr": 0.1, **config.optimizer.params}
     with as_config_error(f"optimizer {config.optimizer.name}"):
         built = optim.optimizer(config.optimizer.name, regime.groups(params["lr"]), **params)
     options = config.schedule.params
     with as_config_error(f"schedule {config.schedule.name}"):
-        warmup = round(options.pop("warmup", 0) * steps)
+        epochs = options.pop("warmup_epochs", None)
+        if epochs is not None and "warmup" in options:
+            raise ConfigError("schedule: warmup is a share and warmup_epochs the same: give one")
+        share = options.pop("warmup", 0) if epochs is None else epochs / config.epochs
+        warmup = round(share * steps)
         return built, optim.schedule(config.schedule.name, built, steps, warmup=warmup, **options)
 
 

@@ -36,7 +36,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -73,7 +73,9 @@ class RunConfig(Strict):
     regularizer: Regularizer = Regularizer()
     augmentation: tuple[Choice, ...] = ()
     optimizer: Choice = Choice(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
-    schedule: Choice = Choice(name="cosine")  # warmup: the share of the steps on a rising rate
+    # warmup: the share of the steps on a rising rate, or warmup_epochs; least: the rate at the end
+    schedule: Choice = Choice(name="cosine")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of passes; weights and SES are in float32
     clip: float | None = Field(None, gt=0)  # of the norm of the gradient
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1)  # of all ranks together
@@ -111,6 +113,11 @@ class RunConfig(Strict):
             raise ValueError(f"teacher belongs to regime distill, got regime {self.regime.name}")
         if self.regime.name == "finetune" and self.init_from is None:
             raise ValueError("regime finetune needs init_from: {run: FOLDER}")
+        # Both look at gradients before a GradScaler has divided them.
+        if self.precision == "fp16" and (
+            self.regularizer.sam is not None or getattr(self.regime, "attack", "") == "free"
+        ):
+            raise ValueError("precision fp16 has no SAM and no free adversarial steps: take bf16")
         _check_registries(self)
         return self
 
@@ -202,21 +209,21 @@ def registries() -> dict[str, Registry]:
         ),
         "augmentation": Registry(augment.AUGMENTATIONS, batch),
         "optimizer": Registry(optim.OPTIMIZERS, ("params",)),
-        "schedule": Registry(optim.SCHEDULES, ("t",)),
+        "schedule": Registry(optim.SCHEDULES, ("t",), ("warmup", "warmup_epochs", "least")),
         "sink": Registry(sinks.SINKS),
     }
 
 
 def _check_registries(config: RunConfig) -> None:
     known = registries()
-    chosen = [(kind, getattr(config, kind)) for kind in ("dataset", "loss", "optimizer")]
+    chosen = [
+        (kind, getattr(config, kind)) for kind in ("dataset", "loss", "optimizer", "schedule")
+    ]
     if ":" not in config.model.name:  # an importable model: its own constructor complains
         chosen.append(("model", config.model))
     chosen += [("augmentation", choice) for choice in config.augmentation]
     if config.regime.name == "distill":
         chosen.append(("distiller", config.regime.distiller))
-    params = {name: value for name, value in config.schedule.params.items() if name != "warmup"}
-    chosen.append(("schedule", Choice(name=config.schedule.name, **params)))
     chosen += [("sink", choice) for choice in config.sinks]
     for kind, choice in chosen:
         known[kind].check(kind, choice)

@@ -136,6 +136,7 @@ class Training:
         sam = config.regularizer.sam
         with build.as_config_error("regularizer.sam"):
             self.stepper = self.optimizer if sam is None else optim.SAM(self.optimizer, **sam)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self.generator = torch.Generator(ranks.device)
         self.module: nn.Module = self.regime
 
@@ -176,19 +177,26 @@ class Training:
             self.optimizer.zero_grad()
             if self.ses is not None:
                 self.ses.load_state_dict({"step": steps})
-            result = self.module(images, targets, self.generator)
+            with build.autocast(config, self.ranks.device):
+                result = self.module(images, targets, self.generator)
             loss = result["loss"]
             if self.ses is not None:
                 penalty = self.ses.loss()
                 result["penalty"] = penalty.detach().to(loss.device)
                 loss = loss + penalty
-            loss.backward()
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
             if config.clip is not None:
                 nn.utils.clip_grad_norm_(self.regime.parameters(), config.clip)
             passes.append({name: value.detach() for name, value in result.items()})
             return loss
 
-        self.stepper.step(closure)
+        if self.scaler.is_enabled():  # leaves a step out whose gradients overflowed
+            closure()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.stepper.step(closure)
         self.regime.after_backward()
         self.schedule.step()
         return passes[0]
@@ -222,7 +230,7 @@ class Training:
             for buffer in self.regime.buffers():  # rank 0's batch norms are those that are saved
                 dist.broadcast(buffer, 0, self.ranks.group)
         share = Split(*(x[self.ranks.rank :: self.ranks.world] for x in split))
-        totals, logits = evaluate(self.regime, share, self.config.seed)
+        totals, logits = evaluate(self.regime, share, self.config)
         sums = self.ranks.total(torch.stack([*totals.values()]))
         means = (sums / len(split.labels)).tolist()
         labels = share.labels.cpu()
@@ -237,12 +245,15 @@ class Training:
             **build.weights(self.regime),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         build.load_weights(self.regime, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def figures(
@@ -259,7 +270,9 @@ def figures(
 
 
 @torch.no_grad()
-def evaluate(regime: nn.Module, split: Split, seed: int) -> tuple[dict[str, Tensor], Tensor | None]:
+def evaluate(
+    regime: nn.Module, split: Split, config: RunConfig
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Sums over a split in eval mode, by :func:`ses_lab.regimes.exact`; logits (N, K) on the CPU.
 
     Logits are None where the regime has none.
@@ -272,8 +285,9 @@ def evaluate(regime: nn.Module, split: Split, seed: int) -> tuple[dict[str, Tens
     for start in range(0, len(split.labels), build.EVALUATION_BATCH):
         rows = slice(start, start + build.EVALUATION_BATCH)
         images, labels = build.pixels(split.images[rows], device), split.labels[rows]
-        generator.manual_seed(build.seed_of(seed, "evaluate", start))
-        result = regime.evaluate(images, labels, generator)
+        generator.manual_seed(build.seed_of(config.seed, "evaluate", start))
+        with build.autocast(config, device):
+            result = regime.evaluate(images, labels, generator)
         if "logits" in result:
             logits.append(result.pop("logits").cpu())
         for name, mean in result.items():

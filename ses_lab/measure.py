@@ -34,7 +34,7 @@ def evaluate(folder: str | os.PathLike, weights: str = "last") -> dict[str, Any]
     for name, split in (("test", dataset.test), ("val", validation)):
         if split is not None:
             split = Split(*(x.to(device) for x in split))
-            sums, logits = engine.evaluate(regime, split, config.seed)
+            sums, logits = engine.evaluate(regime, split, config)
             means = {key: value.item() / len(split.labels) for key, value in sums.items()}
             figures = engine.figures(means, logits, split.labels.cpu(), dataset.classes)
             found |= {f"{name}_{key}": value for key, value in figures.items()}

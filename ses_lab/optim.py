@@ -63,12 +63,25 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 }
 
 
-def schedule(name: str, optimizer: Optimizer, steps: int, *, warmup: int = 0, **params) -> LambdaLR:
+def schedule(
+    name: str,
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    warmup: int = 0,
+    least: float | None = None,
+    **params,
+) -> LambdaLR:
     """A scheduler to be stepped after each of ``steps`` optimiser steps.
 
     The learning rate rises linearly during the first ``warmup`` of them, to its full value at the
-    last, and follows one of :data:`SCHEDULES` with ``params`` over the others.
+    last, and follows one of :data:`SCHEDULES` with ``params`` over the others. ``least`` is the
+    rate at which ``cosine`` and ``onecycle`` end, in the place of the share ``final``.
     """
+    if least is not None:
+        if not 0 <= least <= optimizer.param_groups[-1]["lr"] or "final" in params:
+            raise ValueError(f"least is a rate from 0 to lr, and final the same; got {least}")
+        params["final"] = least / optimizer.param_groups[-1]["lr"]
     if not 0 <= warmup < steps:
         raise ValueError(f"warmup must be in [0, {steps}), the number of steps; got {warmup}")
     factor = partial(_lookup("schedule", name, SCHEDULES), **params)

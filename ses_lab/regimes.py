@@ -56,14 +56,14 @@ class Supervised(nn.Module):
 
     def _labelled(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         correct = logits.detach().argmax(1) == targets.argmax(1)
-        return {"loss": self._loss(logits, targets), "accuracy": correct.float().mean()}
+        return {"loss": self._loss(logits.float(), targets), "accuracy": correct.float().mean()}
 
     def evaluate(self, images: Tensor, labels: Tensor, generator: Generator) -> dict[str, Tensor]:
         """Over a batch in eval mode, without gradients: means of cross-entropy and accuracy.
 
         And ``logits`` (N, K), where the regime has any.
         """
-        logits = self.model(images)
+        logits = self.model(images).float()
         correct = logits.argmax(1) == labels
         return {
             "loss": F.cross_entropy(logits, labels),
@@ -147,7 +147,7 @@ class _MaskedPixels(nn.Module):
         square = self.square.repeat(1, repeats, repeats)[:, :side, :side]
         stage = as_map(outputs(model, torch.where(hidden, square, images)).stages[-1])
         predicted = F.pixel_shuffle(self.predict(stage), self.scale)[..., :side, :side]
-        error = (predicted - model.normalize(images)).abs()
+        error = (predicted.float() - model.normalize(images)).abs()
         return (error * hidden).sum() / (hidden.sum() * images.shape[1])
 
     def hidden(self, count: int, side: int, generator: Generator) -> Tensor:
@@ -245,6 +245,11 @@ class Adversarial(Supervised):
             self._delta, self._live = moved.clamp(-epsilon, epsilon), None
 
 
+def _whole(found: Outputs) -> Outputs:
+    """In float32, whatever the network ran in."""
+    return Outputs(found.logits.float(), [stage.float() for stage in found.stages])
+
+
 class Distill(Supervised):
     """(1 - a) loss(labels) + a distiller(student, teacher), the teacher frozen in eval mode."""
 
@@ -263,7 +268,7 @@ class Distill(Supervised):
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Outputs:
-        return outputs(self._teacher[0], images)
+        return _whole(outputs(self._teacher[0], images))
 
     def prepare(self, batches: Iterable[Tensor]) -> None:
         self.distiller.prepare(self._taught(images) for images in batches)
@@ -271,7 +276,9 @@ class Distill(Supervised):
     def forward(self, images: Tensor, targets: Tensor, generator: Generator) -> dict[str, Tensor]:
         student = outputs(self.model, images)
         result = self._labelled(student.logits, targets)
-        distilled = self.distiller(student, self._taught(images))
+        taught = self._taught(images)
+        with torch.autocast(images.device.type, enabled=False):  # distances of features
+            distilled = self.distiller(_whole(student), taught)
         a = self.options.a
         loss = (1 - a) * result["loss"] + a * distilled
         return {**result, "loss": loss, "distilled": distilled.detach()}

@@ -68,6 +68,20 @@ def test_warmup_comes_before_the_schedule():
     assert rates(ours, optim.schedule("cosine", ours, STEPS, warmup=10)) == pytest.approx(expected)
 
 
+def test_a_schedule_ends_at_its_least_rate():
+    ours = sgd(0.2)
+    last = rates(ours, optim.schedule("cosine", ours, STEPS, warmup=5, least=0.01))
+    ours = sgd(0.2)
+    share = optim.schedule("cosine", ours, STEPS, warmup=5, final=0.05)
+    assert last == pytest.approx(rates(ours, share), rel=1e-12)
+    assert last[4] == pytest.approx(0.2)
+    # The last of 45 steps after the warm-up.
+    assert last[-1] == pytest.approx(0.01 + 0.19 * (1 + math.cos(math.pi * 44 / 45)) / 2)
+    for least, params in ((0.3, {}), (0.01, {"final": 0.1})):
+        with pytest.raises(ValueError, match="least is a rate from 0 to lr"):
+            optim.schedule("cosine", sgd(0.2), STEPS, least=least, **params)
+
+
 def test_a_schedule_resumes():
     whole, part = sgd(), sgd()
     expected = rates(whole, optim.schedule("onecycle", whole, STEPS, warmup=5))

@@ -18,7 +18,7 @@ from torch import nn
 
 from ses_lab import build, measure, training
 from ses_lab.config import ConfigError, RunConfig, merge
-from ses_lab.engine import Training, device_of
+from ses_lab.engine import Ranks, Training, device_of
 from ses_lab.folder import FolderInUseError, RunFolder
 
 TINY = {"dataset": {"name": "moons", "samples": 96},
@@ -106,9 +106,13 @@ def teacher(root):
          "augmentation": ["mixup"]},
         {"regime": {"name": "multitask", "patch": 2}},
         {"model": {"name": f"{__name__}:dropping", "stages": ["1"]}},
-        {"regime": {"name": "distill", "distiller": "factor"}},
+        {"regime": {"name": "distill", "distiller": "factor"}, "precision": "bf16"},
+        {"precision": "bf16", "regularizer.ses": {}, "regularizer.sam": {}, "clip": 0.5,
+         "model.drop_path": 0.3, "augmentation": ["randaugment", "mixup"]},
+        {"precision": "fp16", "regularizer.ses": {}, "clip": 0.5,
+         "schedule": {"name": "cosine", "warmup_epochs": 1, "least": 1e-3}},
     ],
-    ids=["augmented", "sam", "free", "multitask", "dropout", "factor"],
+    ids=["augmented", "sam", "free", "multitask", "dropout", "factor", "bf16", "fp16"],
 )  # fmt: skip
 def test_resumed_bit_for_bit(changes, tmp_path, tmp_path_factory):
     if "distill" in str(changes):
@@ -369,8 +373,6 @@ def test_it_learns(tmp_path):
 
 
 def test_every_sample_once_an_epoch(processes):
-    from ses_lab.engine import Ranks
-
     here = Training(RunConfig.parse(TINY), Ranks(0, 1, torch.device("cpu"), None))
     orders = [here.order(epoch) for epoch in (1, 2)]
     assert all(order.flatten().sort().values.tolist() == list(range(96)) for order in orders)
@@ -384,8 +386,6 @@ def test_every_sample_once_an_epoch(processes):
 
 def test_sam_measures_both_passes_at_one_step():
     """every_k counts steps, not passes: entropies of steps 1, 3, ... and none in between."""
-    from ses_lab.engine import Ranks
-
     config = RunConfig.parse(merge(TINY, {"regularizer.sam": {}}))
     here = Training(config, Ranks(0, 1, torch.device("cpu"), None))
     here.regime.train()
@@ -393,9 +393,44 @@ def test_sam_measures_both_passes_at_one_step():
     assert [p > 0 for p in penalties] == [True, False, True]
 
 
-def test_clip(tmp_path):
-    from ses_lab.engine import Ranks
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_is_that_of_the_passes_alone(precision, tmp_path):
+    """Activations are in 16 bits; weights, loss and entropies are in 32, and near those of fp32."""
+    changes = {"regularizer.ses": {}, "epochs": 1, "clip": 1.0}
+    found = {}
+    for name in ("fp32", precision):
+        config = RunConfig.parse(merge(IMAGES, {**changes, "precision": name}))
+        here = Training(config, Ranks(0, 1, torch.device("cpu"), None))
+        seen = []
+        here.model.blocks[0].mlp.register_forward_hook(
+            lambda m, i, out, s=seen: s.append(out.dtype)
+        )
+        here.regime.train()
+        result = here.step(1, 0, 0, here.order(1)[0])
+        assert {p.dtype for p in here.model.parameters()} == {torch.float32}
+        assert result["loss"].dtype == result["penalty"].dtype == torch.float32
+        norm = torch.nn.utils.get_total_norm([p.grad for p in here.regime.parameters()])
+        assert norm <= 1 + 1e-4  # clipped after the scale of fp16 was divided out
+        found[name] = (seen[0], result["loss"].item(), result["penalty"].item(), norm.item())
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert (found["fp32"][0], found[precision][0]) == (torch.float32, low)
+    assert found[precision][1:] == pytest.approx(found["fp32"][1:], rel=0.05)
+    assert found[precision][1] != found["fp32"][1]
+    training.run(config, tmp_path)
+    row = RunFolder(tmp_path).rows()[-1]
+    again = measure.evaluate(tmp_path)
+    assert again == {name: row[name] for name in again}
 
+
+@pytest.mark.parametrize(
+    "changes", [{"regularizer.sam": {}}, {"regime": "adversarial:attack=free"}]
+)
+def test_a_scaled_loss_has_no_use_for_gradients_in_between(changes):
+    with pytest.raises(ConfigError, match="precision fp16 has no SAM and no free"):
+        RunConfig.parse(merge(IMAGES, {"precision": "fp16", **changes}))
+
+
+def test_clip(tmp_path):
     config = RunConfig.parse(merge(TINY, {"clip": 1e-3}))
     here = Training(config, Ranks(0, 1, torch.device("cpu"), None))
     here.regime.train()
@@ -441,8 +476,6 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 
 def test_batches_divide_over_ranks():
-    from ses_lab.engine import Ranks
-
     with pytest.raises(ConfigError, match="batch_size: 32 over 3 ranks is uneven"):
         Training(RunConfig.parse(TINY), Ranks(0, 3, torch.device("cpu"), None))
 
