@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import resource
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -72,17 +73,28 @@ def device_of(config: RunConfig) -> torch.device:
     return device
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA the most that tensors took since :func:`ranks`; on mps what they take now.
+def reset_peak_memory(device: torch.device) -> None:
+    """:func:`peak_memory` counts from here; not off CUDA and Linux, where it cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak resident set
 
-    On the CPU the most that this process had in memory since it began, code and data included.
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most that tensors took; on mps what they take now, as no peak is kept.
+
+    On the CPU the most that this process had in memory, code and what earlier runs left included.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory()  # no peak is kept there
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else 1024 * resident  # Linux counts KiB
+        return torch.mps.driver_allocated_memory()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of macOS: bytes
 
 
 def ranks(config: RunConfig) -> Ranks:
@@ -90,7 +102,7 @@ def ranks(config: RunConfig) -> Ranks:
     device = device_of(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks(0, 1, device, None)
     if not dist.is_initialized():  # once a process: torchrun's store admits no second group

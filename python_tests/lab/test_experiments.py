@@ -1,6 +1,7 @@
 """The experiments: every file is valid at every scale and runs; running again goes on."""
 
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -151,6 +152,17 @@ def test_base_and_variants_are_all_that_a_study_needs(tmp_path):
     file.write_text(yaml.safe_dump({"base": TOY["base"]}))
     with pytest.raises(ConfigError, match=r"my_own\.yaml: variants: "):
         load(str(file))
+
+
+def test_the_study_of_the_documentation(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "lab.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_own.yaml").write_text(block)
+    experiment = load(str(tmp_path / "my_own.yaml"))
+    assert experiment.opponent("ses+mixup") == "mixup"
+    configs = {c.method: c for c in experiment.runs(tmp_path).values()}
+    assert configs["ses"].dataset.params["label_noise"] == 0.1
+    assert configs["ses"].regularizer.ses["beta"] == {"blocks.1*": 0.6, "*": 0.5}
 
 
 def test_scale_then_environment_then_changes(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from ses_lab import build, measure, training
+from ses_lab import build, engine, measure, training
 from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.engine import Ranks, Training, device_of
 from ses_lab.folder import FolderInUseError, RunFolder
@@ -294,6 +294,20 @@ def test_peak_memory_is_kept(tmp_path):
     training.run(RunConfig.parse({**TINY, "epochs": 1}), tmp_path)
     peak = RunFolder(tmp_path).status()["peak_memory"]
     assert 50e6 < peak < 1e12  # of a process that has torch in it
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux can reset the peak")
+def test_peak_memory_is_that_of_the_run():
+    """What was given back before does not count."""
+    cpu = torch.device("cpu")
+    big = torch.ones(2**26)  # 256 MiB, mapped for itself, so that it goes back to the system
+    before = engine.peak_memory(cpu)
+    del big
+    engine.reset_peak_memory(cpu)
+    after = engine.peak_memory(cpu)
+    assert after < before - 2**27
+    torch.ones(2**26)
+    assert engine.peak_memory(cpu) > after + 2**27
 
 
 def test_deterministic_by_seed(tmp_path):
