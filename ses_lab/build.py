@@ -48,7 +48,7 @@ def as_config_error(what: str) -> Iterator[None]:
         yield
     except (ConfigError, torch.OutOfMemoryError):
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, ImportError) as error:
         raise ConfigError(f"{what}: {error}") from error
 
 

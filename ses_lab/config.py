@@ -52,7 +52,7 @@ from ses_lab.options import (
     Strict,
     Supervised,
 )
-from ses_lab.values import parse_choice, parse_yaml
+from ses_lab.values import parse_choice, parse_value, parse_yaml
 
 
 class Regularizer(Strict):
@@ -266,7 +266,7 @@ def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def from_environment(environment: Mapping[str, str], prefix: str = "SES_LAB__") -> dict[str, Any]:
     """``SES_LAB__OPTIMIZER__LR=0.1`` -> ``{"optimizer.lr": 0.1}``; values are YAML."""
     return {
-        name.removeprefix(prefix).lower().replace("__", "."): parse_yaml(value)
+        name.removeprefix(prefix).lower().replace("__", "."): parse_value(name, value)
         for name, value in environment.items()
         if name.startswith(prefix)
     }

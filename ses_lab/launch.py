@@ -16,6 +16,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from ses_lab.config import RunConfig
 from ses_lab.folder import RunFolder
+from ses_lab.names import ConfigError
 
 
 class _Job:
@@ -49,6 +50,9 @@ def launch(
     Returns when none is left. ``{}`` says that all are finished. A run whose teacher, or start, is
     another one of them waits for it, and fails with it.
 
+    Raises:
+        ConfigError: submitit knows no such cluster or parameter, or the machine has no scheduler.
+
     Args:
         logs: folder for the output of the jobs.
         cluster: "local" or "slurm".
@@ -57,8 +61,11 @@ def launch(
         parameters: of ``submitit.AutoExecutor.update_parameters``: ``timeout_min``,
             ``tasks_per_node`` (ranks of one run), ``slurm_partition``, ...
     """
-    executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
-    executor.update_parameters(**{"timeout_min": 24 * 60, **parameters})
+    try:
+        executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
+        executor.update_parameters(**{"timeout_min": 24 * 60, **parameters})
+    except (ValueError, NameError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"cluster {cluster}: {error}") from error
     free = list(devices) or ["auto"] * limit
     waiting = {path: config for path, config in runs.items() if not RunFolder(path).finished()}
     queued: list[tuple[submitit.Job, Path, str]] = []

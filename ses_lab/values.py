@@ -26,7 +26,8 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def _flag_value(where: str, text: str) -> Any:
+def parse_value(where: str, text: str) -> Any:
+    """One value as YAML; ConfigError with ``where`` it was given."""
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
@@ -49,7 +50,7 @@ def _split(text: str) -> list[str]:
 
 def parse_list(text: str) -> list[Any]:
     """``0,1`` or ``[0, 1]`` -> ``[0, 1]``; ``""`` -> ``[]``."""
-    return [_flag_value("list", part) for part in _split(re.sub(r"^\s*\[(.*)\]\s*$", r"\1", text))]
+    return [parse_value("list", part) for part in _split(re.sub(r"^\s*\[(.*)\]\s*$", r"\1", text))]
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -74,7 +75,7 @@ def parse_choice(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"{text!r}: expected KEY=VALUE after the colon, got {item!r}")
-        found[key] = _flag_value(f"{name}.{key}", value)
+        found[key] = parse_value(f"{name}.{key}", value)
     return found
 
 
@@ -87,5 +88,5 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, value = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not (equals or rest):
             raise ConfigError(f"expected --KEY VALUE with a key of the configuration, got {flag!r}")
-        flags[key] = _flag_value(flag, value if equals else rest.pop(0))
+        flags[key] = parse_value(flag, value if equals else rest.pop(0))
     return flags

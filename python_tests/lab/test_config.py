@@ -24,6 +24,8 @@ def test_file_environment_flags(tmp_path):
     assert (read.epochs, read.seed, read.optimizer.params) == (3, 2, {"lr": 0.3})
     assert (read.dataset.name, read.dataset.root) == ("digits", "/data")
     assert config.load(file, {}).optimizer.params == {"lr": 0.1}  # 1e-1 is a number here
+    with pytest.raises(ConfigError, match=r"SES_LAB__SEED: '\[' is no YAML"):
+        config.load(file, {"SES_LAB__SEED": "["})
 
 
 @pytest.mark.parametrize(
