@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ses_lab.randaugment import randaugment
+from ses_lab.randaugment import blend, grey, randaugment
 
 Augmentation = Callable[..., tuple[Tensor, Tensor]]
 
@@ -71,6 +71,32 @@ def cutmix(
     return images, (1 - area) * targets + area * targets[other]
 
 
+def color_jitter(
+    images: Tensor,
+    targets: Tensor,
+    generator: Generator,
+    *,
+    brightness: float = 0.1,
+    contrast: float = 0.1,
+    saturation: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """Each image's brightness, contrast and saturation times 1 +- at most so much.
+
+    In an order that is drawn for the batch. As torchvision's ``ColorJitter`` without hue.
+    """
+    _require_images("color_jitter", images)
+    kinds = [
+        (brightness, torch.zeros_like),
+        (contrast, lambda x: grey(x).mean((2, 3), keepdim=True)),
+        (saturation, grey),
+    ]
+    for i in torch.randperm(3, generator=generator, device=generator.device).tolist():
+        most, other = kinds[i]
+        factor = 1 + most * (2 * _uniform(generator, (len(images),), images.device) - 1)
+        images = blend(images, other(images), factor)
+    return images, targets
+
+
 def _require_images(name: str, images: Tensor) -> None:
     if images.dim() != 4:
         raise ValueError(f"{name} takes images (N, C, H, W), got shape {tuple(images.shape)}")
@@ -99,5 +125,6 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "crop_flip": crop_flip,
     "mixup": mixup,
     "cutmix": cutmix,
+    "color_jitter": color_jitter,
     "randaugment": randaugment,
 }

@@ -70,27 +70,27 @@ def _rotate(x: Tensor, strength: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def _grey(x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, 1, H, W)
+def grey(x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, 1, H, W)
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
 
 
-def _blend(x: Tensor, other: Tensor, strength: Tensor) -> Tensor:
-    """Away from ``other`` where the strength is positive, towards it where it is negative."""
-    return (other + (1 + 0.9 * strength.view(-1, 1, 1, 1)) * (x - other)).clamp(0, 1)
+def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """From ``other`` at 0 over x at 1 to beyond it; factor: (N,)."""
+    return (other + factor.view(-1, 1, 1, 1) * (x - other)).clamp(0, 1)
 
 
 def _brightness(x: Tensor, strength: Tensor) -> Tensor:
-    return _blend(x, torch.zeros_like(x), strength)
+    return blend(x, torch.zeros_like(x), 1 + 0.9 * strength)
 
 
 def _color(x: Tensor, strength: Tensor) -> Tensor:
-    return _blend(x, _grey(x), strength)
+    return blend(x, grey(x), 1 + 0.9 * strength)
 
 
 def _contrast(x: Tensor, strength: Tensor) -> Tensor:
-    return _blend(x, _grey(x).mean((2, 3), keepdim=True), strength)
+    return blend(x, grey(x).mean((2, 3), keepdim=True), 1 + 0.9 * strength)
 
 
 def _sharpness(x: Tensor, strength: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _sharpness(x: Tensor, strength: Tensor) -> Tensor:
         smooth[:, :, 1:-1, 1:-1] = F.conv2d(
             x, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1]
         )
-    return _blend(x, smooth, strength)
+    return blend(x, smooth, 1 + 0.9 * strength)
 
 
 def _levels(x: Tensor) -> Tensor:

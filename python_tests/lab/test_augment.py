@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
+from PIL import Image, ImageEnhance
 
 from ses_lab.augment import AUGMENTATIONS
 
@@ -50,6 +52,27 @@ def test_crop_flip_gives_every_crop_alike_and_nothing_else():
     same = torch.stack([(images == crop).flatten(1).all(1) for crop in crops])  # (crops, n)
     assert (same.sum(0) == 1).all()
     assert scipy.stats.chisquare(same.sum(1).numpy()).pvalue > 1e-3
+
+
+def test_color_jitter_is_that_of_pillow_without_rounding():
+    """One kind at a time, with factors from the whole range and none beyond."""
+    images = torch.rand(1, 3, 4, 4).mul(255).round().div(255).expand(2000, -1, -1, -1)
+    for kind, enhance in (("brightness", ImageEnhance.Brightness),
+                          ("contrast", ImageEnhance.Contrast),
+                          ("saturation", ImageEnhance.Color)):  # fmt: skip
+        only = {name: 0.3 * (name == kind) for name in ("brightness", "contrast", "saturation")}
+        out, _ = apply("color_jitter", images, torch.zeros(2000, K), **only)
+        picture = Image.fromarray((255 * images[0]).byte().permute(1, 2, 0).numpy())
+        ends = [
+            torch.from_numpy(np.array(enhance(picture).enhance(factor))).permute(2, 0, 1) / 255
+            for factor in (0.7, 1.3)
+        ]
+        for found in (out.amin(0), out.amax(0)):  # each end is reached by one image or another
+            gap = torch.minimum((found - ends[0]).abs(), (found - ends[1]).abs())
+            assert gap.max() < 2.5 / 255
+        assert (out.amax(0) - out.amin(0)).max() > 0.1
+    same, _ = apply("color_jitter", images, torch.zeros(2000, K), **dict.fromkeys(only, 0.0))
+    torch.testing.assert_close(same, images)
 
 
 def test_crop_flip_keeps_each_image_and_target_in_its_place():

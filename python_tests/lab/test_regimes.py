@@ -10,7 +10,14 @@ from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.distill import DISTILLERS
 from ses_lab.losses import cross_entropy
 from ses_lab.models import outputs
-from ses_lab.regimes import REGIMES, Adversarial, Finetune, MaskedImageModelling, Multitask
+from ses_lab.regimes import (
+    REGIMES,
+    Adversarial,
+    Finetune,
+    MaskedImageModelling,
+    Multitask,
+    Supervised,
+)
 
 
 def network(name="resnet20", size=8, channels=1, **params):
@@ -34,6 +41,17 @@ def options(**fields):
     document |= {"teacher": {"run": "t"}} if fields["name"] == "distill" else {}
     document |= {"init_from": {"run": "t"}} if fields["name"] == "finetune" else {}
     return RunConfig.parse(document).regime
+
+
+def test_accuracy_on_mixed_targets_is_the_share_of_the_class():
+    images, targets = batch()
+    model = network()
+    mixed = 0.7 * targets + 0.3 * targets.roll(1, 0)
+    result = Supervised(None, model, cross_entropy, images)(images, mixed, generator())
+    predicted = model(images).argmax(1)
+    shares = [mixed[i, k].item() for i, k in enumerate(predicted.tolist())]
+    assert result["accuracy"].item() == pytest.approx(sum(shares) / 6)
+    assert 0 < result["accuracy"] < 1
 
 
 # ---- masked-image modelling ----
