@@ -161,23 +161,23 @@ def spectra(
     seeds: Seeds = "",
 ) -> None:
     """Print a table of the weight spectra: entropy, stable rank, alpha, Hill, decay, norms."""
-    from ses_lab import spectra as weights
+    from ses_lab import spectra, weights
 
     for path in _runs(checkpoint, seeds):
         source = weights.load(path / "checkpoint.pt" if path.is_dir() else path)
         if seeds:
             print(path)
-        show(weights.table(source))
-        for file, write in ((plot, _plot), (save, weights.save)):
+        show(spectra.table(source))
+        for file, write in ((plot, _plot), (save, spectra.save)):
             if file is not None:
                 name = f"{file.stem}-{path.name}{file.suffix}" if seeds else file.name
                 write(file.with_name(name), source)
 
 
 def _plot(file: Path, source) -> None:
-    from ses_lab import spectra as weights
+    from ses_lab import spectra
 
-    weights.plot(source).savefig(file, dpi=120)
+    spectra.plot(source).savefig(file, dpi=120)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from torch import nn
 
-from ses_lab import models, spectra
+from ses_lab import models, spectra, weights
 from ses_lab.names import ConfigError
 
 
@@ -151,7 +151,7 @@ def test_the_fused_projection_of_gpt2_is_split_by_columns():
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=1, n_embd=24, n_head=2, vocab_size=40, n_positions=8)
     model, x = transformers.GPT2Model(config), torch.randn(4, 24)
-    found = spectra.matrices(model)
+    found = weights.matrices(model)
     q, k, v = model.h[0].attn.c_attn(x).split(24, dim=-1)  # kept as (in, out)
     for part, expected in zip("qkv", (q, k, v), strict=True):
         torch.testing.assert_close(x @ found[f"h.0.attn.c_attn.{part}"], expected)
@@ -165,7 +165,7 @@ def test_fused_projections_are_split():
         (attention, "in_proj", attention.in_proj_weight),
         (vit, "blocks.0.attn.qkv", vit.get_parameter("blocks.0.attn.qkv.weight")),
     ):
-        found = spectra.matrices(module)
+        found = weights.matrices(module)
         parts = [found[f"{layer}.{part}"] for part in "qkv"]
         assert torch.equal(torch.cat(parts), fused)
         assert {part.shape for part in parts} == {(24, 24)}
@@ -173,7 +173,7 @@ def test_fused_projections_are_split():
 
 def test_parametrized_weights_have_the_name_of_the_layer():
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(9, 7)))
-    assert list(spectra.matrices(net)) == ["0"]
+    assert list(weights.matrices(net)) == ["0"]
 
 
 def test_a_checkpoint_gives_the_table_of_its_model(tmp_path):
@@ -186,12 +186,12 @@ def test_a_checkpoint_gives_the_table_of_its_model(tmp_path):
     assert after != expected
     state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
     torch.save(state, tmp_path / "checkpoint.pt")
-    assert spectra.table(spectra.load(tmp_path / "checkpoint.pt")) == after
+    assert spectra.table(weights.load(tmp_path / "checkpoint.pt")) == after
 
     from safetensors.torch import save_file
 
     save_file(net.state_dict(), tmp_path / "model.safetensors")
-    assert spectra.table(spectra.load(tmp_path / "model.safetensors")) == after
+    assert spectra.table(weights.load(tmp_path / "model.safetensors")) == after
 
 
 class _Evil:
@@ -202,7 +202,7 @@ class _Evil:
 def test_loading_runs_no_code(tmp_path, capsys):
     torch.save({"model": _Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ConfigError, match=r"evil\.pt is no checkpoint .*UnpicklingError"):
-        spectra.load(tmp_path / "evil.pt")
+        weights.load(tmp_path / "evil.pt")
     assert "executed" not in capsys.readouterr().out
 
 
@@ -216,7 +216,7 @@ def _same(found: dict, expected: dict) -> None:
 def test_checkpoints_by_their_usual_names(key):
     net = _net()
     checkpoint = {"epoch": 3, key: net.state_dict(), "optimizer_state_dict": {}}
-    _same(spectra.matrices(checkpoint), spectra.matrices(net))
+    _same(weights.matrices(checkpoint), weights.matrices(net))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the older weight norm is deprecated
@@ -229,7 +229,7 @@ def test_weight_norm_is_multiplied_out(norm, dim):
     net = norm(nn.Sequential(net)[0], dim=dim)
     for parameter in net.parameters():
         parameter.data *= 1.5
-    _same(spectra.matrices(nn.Sequential(net)), {"0": net(torch.eye(6)).sub(net.bias).T})
+    _same(weights.matrices(nn.Sequential(net)), {"0": net(torch.eye(6)).sub(net.bias).T})
     net(torch.ones(2, 6)).sum().backward()
     with pytest.raises(ValueError, match="no weight matrix"):  # none is the gradient of W
         spectra.gradient_alignment(net)
@@ -238,22 +238,22 @@ def test_weight_norm_is_multiplied_out(norm, dim):
 def test_recurrent_weights_are_a_matrix_a_gate():
     torch.manual_seed(0)
     lstm = nn.LSTM(5, 4, num_layers=2, bidirectional=True)
-    found = spectra.matrices(nn.ModuleDict({"lstm": lstm}))
+    found = weights.matrices(nn.ModuleDict({"lstm": lstm}))
     assert len(found) == 2 * 2 * 2 * 4  # layers, directions, input and hidden, gates
     torch.testing.assert_close(found["lstm.ih_l0.g"], lstm.weight_ih_l0[8:12].detach())
     torch.testing.assert_close(
         found["lstm.hh_l1_reverse.o"], lstm.weight_hh_l1_reverse[12:].detach()
     )
-    assert set(spectra.matrices(nn.GRU(5, 4))) == {
+    assert set(weights.matrices(nn.GRU(5, 4))) == {
         f"{kind}_l0.{gate}" for kind in ("ih", "hh") for gate in "rzn"
     }
-    assert set(spectra.matrices(nn.RNN(5, 4))) == {"ih_l0", "hh_l0"}
+    assert set(weights.matrices(nn.RNN(5, 4))) == {"ih_l0", "hh_l0"}
 
 
 def test_experts_that_are_stacked_are_a_matrix_each():
     stacked = torch.randn(3, 8, 6)
     state = {"layers.0.mlp.experts.gate_up_proj": stacked, "conv.weight": torch.randn(4, 3, 5)}
-    found = spectra.matrices(state)
+    found = weights.matrices(state)
     assert {name: tuple(w.shape) for name, w in found.items()} == {
         **{f"layers.0.mlp.experts.gate_up_proj.{i}": (8, 6) for i in range(3)}, "conv": (4, 15),
     }  # fmt: skip
