@@ -48,17 +48,24 @@ def _points(results: Results) -> list[tuple[str, Points]]:
     return [(label, points) for label, points in rows if points]
 
 
+_ABREAST = 4  # panels: wider than a screen is read by no one
+
+
 def _measures(results: Results) -> Figure:
-    """A panel for each measure; a row of them for ours and one for each source."""
+    """A panel for each measure, of ours and then of each source, in rows of four at most."""
     measures = results.experiment.measures
-    rows = [(label, points) for label, points in _points(results) if {*measures} & points.keys()]
-    figure = Figure(figsize=(3 * len(measures), 2.8 * max(1, len(rows))), layout="constrained")
-    panels = figure.subplots(max(1, len(rows)), len(measures), squeeze=False)
-    for line, (label, points) in zip(panels, rows, strict=False):
-        for panel, measure in zip(line, measures, strict=True):
-            if measure not in points:
-                panel.set_axis_off()
-                continue
+    rows: list[list[tuple[str, str, Points]]] = []
+    for label, points in _points(results):
+        shown = [(label, measure, points) for measure in measures if measure in points]
+        rows += [shown[i : i + _ABREAST] for i in range(0, len(shown), _ABREAST)]
+    columns = max(map(len, rows), default=1)
+    figure = Figure(figsize=(3 * columns, 2.8 * max(1, len(rows))), layout="constrained")
+    panels = figure.subplots(max(1, len(rows)), columns, squeeze=False)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for line, row in zip(panels, rows, strict=False):
+        for panel, (label, measure, points) in zip(line, row, strict=False):
+            panel.set_axis_on()
             _draw(results.experiment, panel, points[measure])
             panel.set_title(f"{measure}, {label}", fontsize="small")
             panel.tick_params(labelsize="x-small")

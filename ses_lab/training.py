@@ -195,23 +195,33 @@ def _commit(
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Loss, accuracy where there is one, and entropies where they were taken, against epochs."""
-    kinds = [k for k in ("loss", "accuracy") if any(name.endswith(f"_{k}") for name in rows[0])]
-    entropies = sorted({layer for row in rows for layer in row.get("entropy", {})})
-    count = len(kinds) + bool(entropies)
+    """Losses, accuracy where there is one, and entropies where they were taken, against epochs.
+
+    The loss that is minimised has a panel of its own: the others need not be the same function.
+    """
+    names = [name for name in rows[0] if name.endswith(("_loss", "_accuracy"))]
+    kinds = {
+        "training loss": [name for name in names if name == "train_loss"],
+        "loss": [name for name in names if name in ("test_loss", "val_loss")],
+        "accuracy": [name for name in names if name.endswith("_accuracy")],
+    }
+    drawn: dict[str, dict[str, list[float]]] = {
+        kind: {name.split("_")[0]: [row[name] for row in rows] for name in found}
+        for kind, found in kinds.items()
+        if found
+    }
+    layers = sorted({layer for row in rows for layer in row.get("entropy", {})})
+    if layers:
+        drawn["spectral entropy, nats"] = {
+            layer: [row.get("entropy", {}).get(layer, math.nan) for row in rows] for layer in layers
+        }
+    count, epochs = len(drawn), [row["epoch"] for row in rows]
     figure = Figure(figsize=(4 * count, 3))  # a layout engine would draw everything twice
     figure.subplots_adjust(0.2 / count, 0.18, 1 - 0.05 / count, 0.95, 0.3)
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    epochs = [row["epoch"] for row in rows]
-    for panel, kind in zip(panels, kinds, strict=False):
-        for name in (n for n in rows[0] if n.endswith(f"_{kind}")):
-            panel.plot(epochs, [row[name] for row in rows], label=name.removesuffix(f"_{kind}"))
+    for panel, (kind, lines) in zip(figure.subplots(1, count, squeeze=False)[0], drawn.items(),
+                                    strict=True):  # fmt: skip
+        for label, values in lines.items():
+            panel.plot(epochs, values, label=label)
         panel.set(xlabel="epoch", ylabel=kind)
-    for layer in entropies:
-        panels[-1].plot(
-            epochs, [row.get("entropy", {}).get(layer, math.nan) for row in rows], label=layer
-        )
-        panels[-1].set(xlabel="epoch", ylabel="spectral entropy (nats)")
-    for panel in panels:
         panel.legend(fontsize="x-small")
     return figure

@@ -149,6 +149,8 @@ def test_figures_show_what_was_measured(folder, written):
     assert panels[0].get_xscale() == "log"
     published = [p for p in drawn["measures"].axes if "published [1]" in p.get_title()]
     np.testing.assert_allclose(published[0].lines[0].get_ydata(orig=False), [74.78])
+    widest = max(panel.get_subplotspec().get_gridspec().ncols for panel in panels)
+    assert widest == 4 < len(results.experiment.measures)
     origin = drawn["pareto"].axes[0].lines[0].get_xydata()  # the control: no time added
     np.testing.assert_allclose(np.asarray(origin, float), [[0, 53]])
     for name in ("periodic-smoke-measures.png", "periodic-smoke-pareto.png"):

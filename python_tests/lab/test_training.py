@@ -233,6 +233,23 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_keep_losses_of_two_kinds_apart():
+    rows = [{"epoch": i, "train_loss": 9.0 - i, "train_accuracy": 0.5, "test_loss": 1.0 / i,
+             "test_accuracy": 0.4, "val_loss": 2.0, "val_accuracy": 0.3, "test_f1": 0.2,
+             "entropy": {"a": 1.0} if i == 2 else {}} for i in (1, 2)]  # fmt: skip
+    panels = training.curves(rows).axes
+    shown = {
+        panel.get_ylabel(): {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+        for panel in panels
+    }
+    assert shown["training loss"] == {"train": [8.0, 7.0]}
+    assert shown["loss"] == {"test": [1.0, 0.5], "val": [2.0, 2.0]}
+    assert shown["accuracy"].keys() == {"train", "test", "val"}
+    assert shown["spectral entropy, nats"]["a"][1] == 1.0
+    (mim,) = [p.get_ylabel() for p in training.curves([{"epoch": 1, "train_loss": 1.0}]).axes]
+    assert mim == "training loss"
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     config = RunConfig.parse(TINY)
     folder = RunFolder(tmp_path)
