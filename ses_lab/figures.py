@@ -1,8 +1,8 @@
-"""Figures of an experiment: measures by variant, sweeps, entropy dynamics, cost against effect."""
+"""Figures of an experiment: measures, sweeps, curves, corruptions, entropies, cost by effect."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,13 @@ from ses_lab.results import Results, table
 
 
 def draw(results: Results) -> dict[str, Figure]:
-    """By kind: measures always; dynamics and pareto where the experiment asks for them."""
+    """By kind: measures; curves, corruption where there are any; dynamics, pareto where asked."""
     experiment = results.experiment
     drawn = {"measures": _measures(results)}
+    if curves := _histories(results):
+        drawn["curves"] = _curves(curves)
+    if names := _corruptions(results):
+        drawn["corruption"] = _bars(results, names)
     if "entropy" in experiment.probes:
         drawn["dynamics"] = _dynamics(results)
     if experiment.pareto:
@@ -97,6 +101,75 @@ def _swept(experiment: Experiment, variant: str) -> float | None:
     for key in experiment.sweep.split(".") if experiment.sweep else ():
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+# variant -> (seeds, epochs), NaN where a run ended before
+Histories = dict[str, np.ndarray]
+
+
+def _histories(results: Results) -> dict[str, Histories]:
+    """What the runs kept of every epoch, under the label of its axis."""
+    kinds = {"test_accuracy": ("accuracy on the test set, %", 100), "train_loss": ("loss", 1)}
+    rows = {
+        (config.method, config.seed): RunFolder(path).rows()
+        for path, config in results.experiment.runs(results.root).items()
+        if config.seed in results.runs[config.method]
+    }
+    found: dict[str, Histories] = {}
+    for key, (label, scale) in kinds.items():
+        for variant, seeds in results.runs.items():
+            runs = [[row.get(key) for row in rows[variant, seed]] for seed in seeds]
+            if not runs or any(value is None for run in runs for value in run):
+                continue
+            values = np.full((len(runs), max(map(len, runs))), np.nan)
+            for line, run in zip(values, runs, strict=True):
+                line[: len(run)] = scale * np.array(run)
+            found.setdefault(label, {})[variant] = values
+    return found
+
+
+def _curves(found: Mapping[str, Histories]) -> Figure:
+    """Mean over the seeds of each variant against epochs, their range shaded."""
+    figure = Figure(figsize=(5 * len(found), 3.5), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for panel, (label, histories) in zip(panels, found.items(), strict=True):
+        for i, (variant, values) in enumerate(histories.items()):
+            epochs, color = range(1, values.shape[1] + 1), f"C{i % 10}"
+            panel.plot(epochs, np.nanmean(values, 0), color=color, label=variant)
+            low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+            panel.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+        every = np.concatenate([values.ravel() for values in histories.values()])
+        if label == "loss" and 0 < np.nanmin(every) < np.nanmax(every) / 20:
+            panel.set_yscale("log")  # or the first epoch is all that is seen
+        panel.set(xlabel="epoch", ylabel=label)
+    panels[0].legend(fontsize="x-small")
+    return figure
+
+
+def _corruptions(results: Results) -> list[str]:
+    """Corruptions that runs were probed with; [] for fewer than two, which the table shows."""
+    numbers = [n for runs in results.runs.values() for n in runs.values()]
+    measures = dict.fromkeys(key for n in numbers for key in n if key.startswith("corruption."))
+    names = [measure.removeprefix("corruption.") for measure in measures]
+    names = [name for name in names if name not in ("clean", "mean") and "/" not in name]
+    return names if len(names) > 1 else []
+
+
+def _bars(results: Results, names: Sequence[str]) -> Figure:
+    """Accuracy under each corruption, a bar for each variant, deviations over the seeds."""
+    variants = [variant for variant, runs in results.runs.items() if runs]
+    figure = Figure(figsize=(min(12, 2 + 1.5 * len(names)), 3.5), layout="constrained")
+    panel, width = figure.subplots(), 0.8 / len(variants)
+    for i, variant in enumerate(variants):
+        values = [[*results.values(variant, f"corruption.{name}").values()] for name in names]
+        means = [np.mean(v) if v else np.nan for v in values]
+        errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
+        places = np.arange(len(names)) + (i - (len(variants) - 1) / 2) * width
+        panel.bar(places, means, width, yerr=errors, capsize=2, label=variant)
+    panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    panel.set(ylabel="accuracy, %")
+    panel.legend(fontsize="x-small", ncols=2)
+    return figure
 
 
 def _pareto(results: Results) -> Figure:

@@ -141,7 +141,7 @@ def test_files_say_the_same(folder, written):
 def test_figures_show_what_was_measured(folder, written):
     results = collect(folder / "periodic" / "smoke")
     drawn = figures.draw(results)
-    assert drawn.keys() == {"measures", "pareto"}
+    assert drawn.keys() == {"measures", "curves", "pareto"}
     panels = [p for p in drawn["measures"].axes if p.get_title().startswith("accuracy, scale")]
     line = panels[0].lines[0]
     np.testing.assert_allclose(line.get_xdata(orig=False), [1, 10])  # every_k
@@ -157,6 +157,40 @@ def test_figures_show_what_was_measured(folder, written):
         image = matplotlib.image.imread(written.parent / name)[..., :3]
         assert image.std() > 0.05
         assert f"({name})" in written.read_text()
+
+
+def test_curves_are_means_with_the_range_of_the_seeds(folder):
+    results = collect(folder / "periodic" / "smoke")
+    (panel,) = figures.draw(results)["curves"].axes  # no losses were kept
+    assert panel.get_ylabel() == "accuracy on the test set, %"
+    lines = {line.get_label(): line.get_ydata() for line in panel.lines}
+    np.testing.assert_allclose(lines["baseline"], [10, 80, 82])
+    np.testing.assert_allclose(lines["k=10"], [10, 85, 82])  # of the two that are finished
+    band = panel.collections[0].get_paths()[0].vertices
+    assert band[band[:, 0] == 2][:, 1].min() == pytest.approx(70)
+    assert band[band[:, 0] == 2][:, 1].max() == pytest.approx(90)
+
+
+@pytest.mark.parametrize(("losses", "scale"), [([100, 2, 1], "log"), ([3, 2, 1], "linear")])
+def test_a_first_epoch_does_not_spoil_the_scale(losses, scale):
+    ended_early = np.array([losses, [*losses[:2], np.nan]], float)
+    (panel,) = figures._curves({"loss": {"a": ended_early}}).axes
+    np.testing.assert_allclose(panel.lines[0].get_ydata(), losses)
+    assert panel.get_yscale() == scale
+
+
+def test_a_bar_for_each_corruption_and_variant(folder):
+    results = collect(folder / "periodic" / "smoke")
+    for variant, add in (("baseline", 0), ("k=1", 5)):
+        for seed, numbers in results.runs[variant].items():
+            numbers |= {"corruption.fog": 50 + add + seed, "corruption.jpeg": 60 + add,
+                        "corruption.fog/3": 0, "corruption.clean": 99}  # fmt: skip
+    (panel,) = figures.draw(results)["corruption"].axes
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["fog", "jpeg"]
+    bars = {c.get_label(): [bar.get_height() for bar in c] for c in panel.containers
+            if hasattr(c, "patches")}  # fmt: skip
+    assert bars["baseline"] == pytest.approx([51, 60])
+    assert bars["k=1"] == pytest.approx([56, 65])
 
 
 def test_dynamics_has_targets(folder, tmp_path):
@@ -277,8 +311,8 @@ def test_html_is_one_file_that_says_the_same(written):
     rows = [line for line in lines if line.startswith("|") and not line.startswith("|---")]
     shown = [[cell.strip() for cell in line[1:-1].split("|")] for line in rows]
     assert [row for table in page.tables for row in table] == shown
-    assert len(page.sources) == 2  # the figures; no style, script or font from elsewhere
-    for source, kind in zip(page.sources, ("measures", "pareto"), strict=True):
+    # The figures; no style, script or font from elsewhere.
+    for source, kind in zip(page.sources, ("measures", "curves", "pareto"), strict=True):
         data = source.removeprefix("data:image/png;base64,")
         file = written.parent / f"periodic-smoke-{kind}.png"
         assert base64.b64decode(data) == file.read_bytes()
