@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ses_lab import experiments
@@ -22,14 +22,18 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     """
     found = {"studies": [_study(name) for name in experiments.names()]}
     for kind, registry in {**registries(), "probe": experiments.probes()}.items():
-        found[_plural(kind)] = [
+        rows = [
             {
                 "name": name,
-                "parameters": _parameters(entry, registry.given),
+                "parameters": _shown_all(parameters(entry, registry.given)),
                 "about": _about(entry),
             }
             for name, entry in registry.entries.items()
         ]
+        if registry.shared:
+            shared = _shown_all(registry.shared)
+            rows.append({"name": f"every {kind}", "parameters": shared, "about": "beside its own"})
+        found[_plural(kind)] = rows
     return found
 
 
@@ -39,8 +43,7 @@ def _study(name: str) -> dict[str, str]:
     return {"name": name, "parameters": variants, "about": experiment.question}
 
 
-def _parameters(entry: Callable, given: tuple[str, ...]) -> str:
-    known = parameters(entry, given)
+def _shown_all(known: Mapping[str, Any] | None) -> str:
     if known is None:
         return "any"
     return ", ".join(

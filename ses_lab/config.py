@@ -178,7 +178,7 @@ class Registry(NamedTuple):
 
     entries: Mapping[str, Callable]
     given: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()  # parameters that every entry takes beside its own
+    shared: Mapping[str, Any] = {}  # what every entry takes beside its own -> default
 
     def check(self, kind: str, chosen: Choice) -> None:
         """ConfigError for an unknown name or parameter, with the nearest there is."""
@@ -197,7 +197,7 @@ def registries() -> dict[str, Registry]:
     batch = ("images", "targets", "generator")
     return {
         "dataset": Registry(
-            data.DATASETS, ("name", "root", "download"), tuple(parameters(data.subset, ["dataset"]))
+            data.DATASETS, ("name", "root", "download"), parameters(data.subset, ["dataset"])
         ),
         "model": Registry(models.MODELS, ("normalize", "classes")),
         "loss": Registry(losses.LOSSES, ("logits", "targets")),
@@ -209,7 +209,9 @@ def registries() -> dict[str, Registry]:
         ),
         "augmentation": Registry(augment.AUGMENTATIONS, batch),
         "optimizer": Registry(optim.OPTIMIZERS, ("params",)),
-        "schedule": Registry(optim.SCHEDULES, ("t",), ("warmup", "warmup_epochs", "least")),
+        "schedule": Registry(
+            optim.SCHEDULES, ("t",), {"warmup": 0, "warmup_epochs": None, "least": None}
+        ),
         "sink": Registry(sinks.SINKS),
     }
 

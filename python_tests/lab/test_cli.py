@@ -209,6 +209,9 @@ def test_list():
     for hidden in ("logits", "generator", "normalize", "process_group"):  # not the user's
         assert f"{hidden}," not in out
         assert f"{hidden}=" not in out
+    assert "every dataset" in out
+    for shared in ("label_noise=0", "warmup_epochs=null"):
+        assert out.count(shared) == 1
     lines = call("list", "losses").splitlines()
     assert [line.split()[0] for line in lines if line][:4] == [
         "losses", "name", "cross_entropy", "focal",
