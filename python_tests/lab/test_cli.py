@@ -269,7 +269,7 @@ def test_sinks(tmp_path):
     (run,) = client.search_runs([client.get_experiment_by_name("ses_lab").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["seed"] == "0"
-    for name in ("test_loss", "entropy/blocks.0.attn"):
+    for name in ("test_loss", "entropy/blocks.0"):
         key, _, layer = name.partition("/")
         expected = [row[key][layer] if layer else row[key] for row in rows]
         assert [e.value for e in events.Scalars(name)] == pytest.approx(expected)
