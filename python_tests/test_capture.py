@@ -328,6 +328,51 @@ def test_windows_on_the_axis_of_the_batch():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("samples", [4, 5, 8])
+def test_windows_of_as_many_tokens_as_samples(samples):
+    """Windows of 2 x 2 tokens and a batch of 4: what is around them has the batch first."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.windows = Windows(D, 2)
+
+        def forward(self, x):
+            return x + self.windows(x)
+
+    model, x = nn.Sequential(Block()), torch.randn(samples, 4, 6, D)
+    attended = outputs(model, x)["0.windows.attend"]
+    got = measure(model, x, layers="0.windows.attend")["0.windows.attend"]
+    assert got == pytest.approx(entropy(attended.unflatten(0, (samples, 6)).mean((1, 2))), abs=1e-5)
+
+
+def test_sequences_of_a_multiple_of_the_batch():
+    """(T, N, D) = (8, 4, D) in layers that declare nothing: so is what is around them."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(D, D)
+
+        def forward(self, x):
+            return x + self.fc(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(Block(), Block())
+
+        def forward(self, images):
+            return self.blocks(images.flatten(2).permute(2, 0, 1))
+
+    model, x = Net(), torch.randn(4, D, 2, 4)
+    expected = entropy(model.blocks[0](x.flatten(2).permute(2, 0, 1)).mean(0))
+    for name in ("blocks.0", "blocks.0.fc"):
+        y = outputs(model, x)[name]
+        assert measure(model, x, layers=name)[name] == pytest.approx(entropy(y.mean(0)), abs=1e-5)
+    assert measure(model, x, layers="blocks.0")["blocks.0"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_batch_axis_takes_windows_for_samples():
     model, x = nn.Sequential(Windows(D, 2)), torch.randn(N, 4, 6, D)
     attended = outputs(model, x)["0.attend"]
@@ -614,8 +659,21 @@ def test_parts_that_are_called_on_their_own():
         assert reg.entropies["backbone.1"] == pytest.approx(entropy(model.backbone(x)), abs=1e-5)
         reg.begin()
         model.backbone[1](model.backbone[0](x))
-        with pytest.warns(UserWarning, match="outside of a call of the model"):
+        with pytest.warns(UserWarning, match=r"backbone.1: it ran outside of a call.*batch_axis=0"):
             reg.loss()
+
+
+def test_a_call_without_a_tensor_is_said():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+
+        def forward(self, count):
+            return self.linear(torch.ones(count, 1) * torch.randn(count, D))
+
+    with pytest.warns(UserWarning, match="linear: the model was called with no tensor"):
+        measure(Net(), N, layers="linear")
 
 
 # ---- layers that do not run ----

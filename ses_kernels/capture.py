@@ -58,7 +58,9 @@ class Layer:
         module = self.module()
         return module is not None and module.training
 
-    def matrix(self, args, kwargs, output, called: layout.Call | None) -> Tensor:
+    def matrix(
+        self, args, kwargs, output, called: layout.Call | None, around: tuple[int, ...]
+    ) -> Tensor:
         """(samples, features) of a call of the module; (heads, samples, features) of its heads."""
         packed = None
         if self.kind == "weights":
@@ -79,7 +81,7 @@ class Layer:
             found = layout.Layout(self.shape, 0, x.dim() - 1, 1, "a packed sequence")
             self.mask, mask = "lengths", packed
         else:
-            found = self._layout(args, called, x)
+            found = self._layout(args, called, around, x)
             self.mask, mask = self._mask(found, kwargs, called)
         self.layout, self.doubt = found, found.doubt
         if self.kind == "weights":
@@ -88,9 +90,14 @@ class Layer:
             return pooling.head_matrices(x, self.heads, found, mask, self.key)
         return pooling.pool(x, self.pool, found, mask, self.key)
 
-    def _layout(self, args, called, x: Tensor) -> layout.Layout:
+    def _layout(self, args, called, around, x: Tensor) -> layout.Layout:
         first = args[0] if len(args) and isinstance(args[0], Tensor) else None
-        facts = self.shape, None if first is None else tuple(first.shape), called and called[:2]
+        facts = (
+            self.shape,
+            tuple(first.shape) if first is not None else None,
+            around,
+            called and called[:2],
+        )
         compiling = torch.compiler.is_compiling()  # sizes may be symbols then
         if not compiling and facts == self._decided[0]:
             return self._decided[1]
@@ -101,6 +108,7 @@ class Layer:
             called,
             self.key,
             input_shape=facts[1],
+            around=around,
             batch_axis=self.batch_axis,
             feature_axis=len(self.shape) - 1 if weights else self.feature_axis,
             batch_first=weights,
@@ -202,7 +210,6 @@ class Passes:
     def __init__(self, root: nn.Module, once: Once) -> None:
         self._root, self._once = weakref.ref(root), once
         self._parameter: weakref.ref | None = None
-        self.unseen = False  # whether layers ran outside of any call that was seen
         self.clear()
 
     def clear(self) -> None:
@@ -210,9 +217,12 @@ class Passes:
         self._passes: list[_Pass] = []
         self.call: layout.Call | None = None  # with which the model was called
         self._caller = ""  # the name of the part of it that was, "" for the whole
+        self._inputs: dict[str, tuple[int, ...]] = {}  # shapes, of the parts that hold layers
 
     def enter(self, name: str, args, kwargs) -> None:
-        """The model is called, or a part of it on its own."""
+        """The model is called, or a part of it."""
+        first = args[0] if len(args) else None
+        self._inputs[name] = tuple(first.shape) if isinstance(first, Tensor) else ()
         if name and self.call is not None and _holds(self._caller, name):
             return  # inside of a call that was seen
         self.call, self._caller = layout.call(args, kwargs), name
@@ -225,8 +235,15 @@ class Passes:
             self._passes.pop()  # it left nothing
         self._passes.append(_Pass(len(self.entries), stamp, not name))
 
+    def around(self, name: str) -> tuple[int, ...]:
+        """The shape that the part around a layer was called with, () where none is known."""
+        while name:
+            name = name.rpartition(".")[0]
+            if self._inputs.get(name):
+                return self._inputs[name]
+        return ()
+
     def add(self, key: str, matrix: Tensor) -> None:
-        self.unseen = self.call is None
         self.entries.append(Entry(key, matrix))
 
     def take(self) -> list[Entry]:

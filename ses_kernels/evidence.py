@@ -98,10 +98,10 @@ def _neighbour(name: str, modules: Mapping[str, nn.Module]) -> Evidence:
     here = names.index(name)
     inside = sum(other.startswith(f"{name}.") for other in names)
     before = [n for n in reversed(names[:here]) if n and not name.startswith(f"{n}.")]
-    for which, near in ("after", before), ("before", names[here + 1 + inside :]):
+    for which, near in ("before", before), ("after", names[here + 1 + inside :]):
         for other in near:
             if leaf := _leaf(modules[other]):
-                why = f"{which} {other}, {type(modules[other]).__name__}"
+                why = f"the layer {which} it, {other} ({type(modules[other]).__name__})"
                 return leaf._replace(is_leaf=False, why=why)
     return Evidence()
 

@@ -96,6 +96,7 @@ def decide(
     name: str,
     *,
     input_shape: tuple[int, ...] | None = None,
+    around: tuple[int, ...] = (),
     batch_axis: int | None = None,
     feature_axis: int | None = None,
     batch_first: bool = False,
@@ -103,15 +104,18 @@ def decide(
 ) -> Layout:
     """The layout of an output of 2 or more axes; ``called`` is None where the call was not seen.
 
-    ``batch_first``: no other axis than the first can have the samples. ``graph``: what made the
-    output, asked where all else leaves it open. ValueError where the facts contradict each other,
-    or an option is no axis of the output.
+    ``around``: the shape that the part of the model around the layer was called with, () if not
+    known. ``batch_first``: no other axis than the first can have the samples. ``graph``: what made
+    the output, asked where all else leaves it open. ValueError where the facts contradict each
+    other, or an option is no axis of the output.
     """
     features, why, doubt = _features(shape, known, name, input_shape, feature_axis, graph)
     if batch_first:
         known = known._replace(batch_first=None, near=None, far=None)
     sequences = len(shape) == 3 and features == 2 and not batch_first  # (T, N, D) is possible
-    batch, windows, because, second = _batch(shape, sequences, known, called, name, batch_axis)
+    batch, windows, because, second = _batch(
+        shape, sequences, known, called, around, name, batch_axis
+    )
     if batch == features:
         raise ValueError(
             f"{name}: axis {batch} of {_text(shape)} would be both samples and features; pass "
@@ -249,14 +253,22 @@ def _square(shape) -> str | None:
     return None if first == last else "first" if first else "last"
 
 
-def _batch(shape, sequences, known: Evidence, called, name, option) -> tuple[int, int, str, str]:
+def _batch(
+    shape, sequences, known: Evidence, called, around, name, option
+) -> tuple[int, int, str, str]:
     if option is not None:
         return _axis("batch_axis", option, shape, name), 1, "batch_axis=", ""
     declared = known.batch_first if sequences else None
     near = known.near if sequences else None
     if called is None or not called.first:
         axis = 1 if declared is False or (declared is None and near is False) else 0
-        return axis, 1, "batch size not seen", ""
+        unknown = "it ran outside of a call of the model, as where .forward() is called"
+        unknown = unknown if called is None else "the model was called with no tensor"
+        doubt = (
+            f"{name}: {unknown}, so that the size of the batch is not known; axis {axis} of its "
+            f"output {_text(shape)} is taken for the samples. batch_axis={axis} says so"
+        )
+        return axis, 1, "batch size not known", doubt
     # Where something in the model wants the batch second, so may the model's own input be.
     turned = called.second if False in (known.far, known.near, known.batch_first) else ()
     inputs = called.first + turned
@@ -276,6 +288,18 @@ def _batch(shape, sequences, known: Evidence, called, name, option) -> tuple[int
         )
     if plausible == [0]:
         return 0, 1, "the batch of the input", ""
+    windows = _windows(shape[0], called.first, turned)
+    if plausible == [1] and windows and near is not False:
+        # Sequences (T, N, D), or windows that have as many tokens as the batch has samples.
+        outer = around[:2] if len(around) == 3 else around[:1]
+        inside = [0] if near else [axis for axis, size in enumerate(outer) if size in inputs]
+        if inside == [0]:
+            return 0, windows, f"{windows} windows of each sample, as around it", ""
+        if inside != [1]:
+            raise ValueError(
+                f"{name}: the samples of its output {_text(shape)} may be on axis 1, or have "
+                f"{windows} windows each on axis 0. Pass batch_axis=1, or a function as pool="
+            )
     if plausible == [1]:
         return 1, 1, "the batch of the input", ""
     if plausible:
@@ -291,7 +315,6 @@ def _batch(shape, sequences, known: Evidence, called, name, option) -> tuple[int
             "axis 0 is taken for the samples. batch_axis=0 says so, batch_axis=1 otherwise"
         )
         return 0, 1, "batch first by convention", doubt if known.far is None else ""
-    windows = _windows(shape[0], called.first, turned)
     if windows:
         return 0, windows, f"{windows} windows of each sample", ""
     raise ValueError(

@@ -220,7 +220,8 @@ class SESRegularizer:
         # In the backward pass a checkpointed block runs again, but not for us.
         if not capture.in_backward():
             layer = self._layers[key]
-            self._passes.add(key, layer.matrix(args, kwargs, output, self._passes.call))
+            around = self._passes.around(layer.name)
+            self._passes.add(key, layer.matrix(args, kwargs, output, self._passes.call, around))
 
     # ---- in the step ----
 
@@ -306,15 +307,6 @@ class SESRegularizer:
             more = ", ".join(layer.key for layer in doubts[1:])
             more = f". The same holds for {more}" if more else ""
             self._once.say("doubt", f"{doubts[0].doubt}{more}")
-        if self._passes.unseen:
-            self._once.say(
-                "unseen",
-                "layers ran outside of a call of the model, as where .forward() is "
-                "called, so that the size of the batch is not known: windows and sequences that "
-                "lie on the axis of the batch count as samples. Call the model itself, or pass "
-                "batch_axis= where summary() shows another axis than is meant",
-            )
-            self._passes.unseen = False
         self._look_at(features, step)
         matrices = [(key, m) for key, x in features for m in (x.unbind() if x.dim() == 3 else (x,))]
         calls = Counter(key for key, _ in matrices)
