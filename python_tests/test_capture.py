@@ -562,6 +562,46 @@ def test_padding_is_not_pooled(dtype):
                                atol=1e-7 if dtype != torch.bfloat16 else 1e-5)  # fmt: skip
 
 
+def test_an_encoder_and_a_decoder_have_masks_of_their_own():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x, attention_mask=None, decoder_attention_mask=None):
+            return self.decoder(self.encoder(x))
+
+    class DecoderOnly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Linear(D, D)
+
+        def forward(self, x, attention_mask=None):
+            return self.decoder(x)
+
+    x = torch.randn(N, 9, D)
+    masks = [torch.arange(9)[None] < torch.arange(N)[:, None] % 9 + 1, torch.rand(N, 9) < 0.5]
+    masks[1][:, 0] = True
+    names = ("attention_mask", "decoder_attention_mask")
+
+    def mean(y, mask):
+        return (y * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+    for model, given, expected in (
+        (Net(), 2, {"encoder": 0, "decoder": 1}),
+        (Net(), 1, {"encoder": 0, "decoder": None}),  # T5 makes its decoder's inputs of labels
+        (DecoderOnly(), 1, {"decoder": 0}),  # OPT
+    ):
+        found = outputs(model, x)
+        with SESRegularizer(model, layers=list(expected), lambda_ses=0) as reg:
+            model(x, **dict(zip(names[:given], masks, strict=False)))
+            reg.loss()
+        for name, which in expected.items():
+            y = found[name]
+            matrix = y.mean(1) if which is None else mean(y, masks[which])
+            assert reg.entropies[name] == pytest.approx(entropy(matrix), abs=1e-5)
+
+
 def test_masked_needs_a_mask():
     with pytest.raises(ValueError, match='linear: pool="masked" found no mask'):
         measure(Masked(), torch.randn(N, 9, D), layers="linear", pool="masked")

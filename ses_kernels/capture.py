@@ -36,7 +36,7 @@ class Layer:
         self.alpha = options.number("alpha", chosen["alpha"])
         self.pool, self.select = chosen["pool"], chosen["select"]
         self.batch_axis, self.feature_axis = chosen["batch_axis"], chosen["feature_axis"]
-        self.is_decoder = "decoder" in hook.name
+        self.is_decoder = chosen["is_decoder"]
         self.seen = False
         self.width: int | None = None
         self.samples: int | None = None
@@ -141,12 +141,9 @@ class Layer:
         (tokens,) = found.averaged
         wanted = (self.shape[found.batch], self.shape[tokens])
         masks = layout.masks(kwargs) + (called.masks if called is not None else ())
-        names = {name for name, _ in masks}
+        others = "attention_mask" if self.is_decoder else "decoder_attention_mask"
         for name, mask in masks:
-            # Of a model with an encoder and a decoder each has its own.
-            if name == "attention_mask" and self.is_decoder and "decoder_attention_mask" in names:
-                continue
-            if name == "decoder_attention_mask" and not self.is_decoder:
+            if name == others:
                 continue
             if tuple(mask.shape) == wanted:
                 return name, mask
@@ -226,8 +223,6 @@ class Passes:
         if name and self.call is not None and _holds(self._caller, name):
             return  # inside of a call that was seen
         self.call, self._caller = layout.call(args, kwargs), name
-        if not torch.is_grad_enabled():
-            return
         stamp = None if torch.compiler.is_compiling() else self._stamp()
         if self.entries and stamp is not None:
             self._drop_stale(stamp)

@@ -173,9 +173,9 @@ def pool(x: Tensor, how: Pool, layout: Layout | None, mask: Tensor | None, layer
         )
     if mask is not None:
         with _saving_its_own():
-            return _MaskedMean.apply(y, mask)
+            return _apply(_MaskedMean, y, mask)
     if y.dim() > 2:
-        y = _MeanOverPositions.apply(y)
+        y = _apply(_MeanOverPositions, y)
     elif layout.windows == 1:
         y = y.clone()
     if layout.windows > 1:  # equally many positions each: the mean of their means
@@ -238,7 +238,7 @@ def head_matrices(x: Tensor, heads: int, layout: Layout, mask, layer: str) -> Te
 
 def weight_matrix(x: Tensor, layout: Layout, layer: str) -> Tensor:
     """Attention weights (N, heads, Tq, Tk) or (N, Tq, Tk) -> (N, heads * Tk), mean of queries."""
-    y = _MeanOverPositions.apply(x if x.dim() == 3 else x.flatten(0, 1))  # (N heads, Tk)
+    y = _apply(_MeanOverPositions, x if x.dim() == 3 else x.flatten(0, 1))  # (N heads, Tk)
     if x.dim() == 4:
         y = y.unflatten(0, (x.shape[0], -1)).flatten(1)
     if layout.windows > 1:
@@ -253,6 +253,13 @@ def _wide(x: Tensor) -> torch.dtype:
 def _blocks(x: Tensor) -> Iterator[Tensor]:
     """Some samples at a time: the CPU widens its whole argument first, a map in float32."""
     return x.split(max(1, _BLOCK // math.prod(x.shape[1:])))
+
+
+def _apply(function: type[torch.autograd.Function], *args: Tensor) -> Tensor:
+    """Without binding arguments to a signature, which takes longer than the mean."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class _MeanOverPositions(torch.autograd.Function):

@@ -211,7 +211,7 @@ class SESRegularizer:
 
     def _enter(self, name: str, args, kwargs) -> None:
         """The model is called, or a part of it on its own."""
-        if self._measuring and not capture.in_backward():
+        if self._measuring and torch.is_grad_enabled() and not capture.in_backward():
             self._passes.enter(name, args, kwargs)
 
     def _capture(self, key: str, module: nn.Module, args, kwargs, output) -> None:
@@ -621,9 +621,16 @@ def _make_layers(
             known = callable(pool) or pool in pooling.NAMES
             require(known, "pool", f"one of {pooling.NAMES} or a function", pool)
             where = names[id(hook.module)] if hook.kind == "heads" else hook.name
+            chosen["is_decoder"] = _is_decoder(hook.name, modules)
             made.append(capture.Layer(hook, evidence.evidence(where, plain), chosen))
     order = {name: place for place, name in enumerate(modules)}
     return sorted(made, key=lambda layer: order[layer.name])
+
+
+def _is_decoder(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether it is in a decoder beside an encoder: each has a mask of its own."""
+    before, found, _ = f".{name}.".partition(".decoder.")
+    return bool(found) and f"{before}.encoder".lstrip(".") in modules
 
 
 def _copy(state: dict) -> SESRegularizer:
