@@ -786,7 +786,7 @@ def test_a_thousand_steps_leak_nothing():
     steps(200)
     tensors, resident = steps(100)
     tensors_after, resident_after = steps(1000)
-    assert tensors_after == tensors
+    assert tensors_after <= tensors  # less, where what other tests left is freed meanwhile
     assert resident_after - resident < 4 << 20
 
 
