@@ -46,32 +46,33 @@ def run(*command, **options):
     )
 
 
-def compile_cpp(*arguments):
-    """g++ with the include paths; skips without a compiler."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    result = run("g++", *FLAGS, f"-I{CSRC}", f"-I{DRIVERS}", *arguments)
+def compile_cpp(*arguments, compiler="g++"):
+    """A compiler with the include paths; skips without it."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    result = run(compiler, *FLAGS, f"-I{CSRC}", f"-I{DRIVERS}", *arguments)
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-def compile_isa(isa, tmp_path, *flags):
+def compile_isa(isa, tmp_path, *flags, compiler="g++"):
     """The sources that are compiled once for each instruction set, for this one."""
     x86 = ["-DSES_X86"] if isa != "portable" else []
 
     def compile_one(source):
         target = tmp_path / f"{source.stem}_{isa}.o"
-        compile_cpp(f"-DSES_ISA={isa}", *x86, *flags, "-c", source, "-o", target)
+        define = f"-DSES_ISA={isa}"
+        compile_cpp(define, *x86, *flags, "-c", source, "-o", target, compiler=compiler)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(compile_one, PER_ISA_SOURCES))
 
 
-def compile_host_side(tmp_path, *flags):
+def compile_host_side(tmp_path, *flags, compiler="g++"):
     """The sources that pick an instruction set and cut a call into tasks."""
     targets = [tmp_path / f"{source.stem}.o" for source in CPU_SOURCES]
     for source, target in zip(CPU_SOURCES, targets, strict=True):
-        compile_cpp(*flags, "-c", source, "-o", target)
+        compile_cpp(*flags, "-c", source, "-o", target, compiler=compiler)
     return targets
 
 
@@ -86,13 +87,13 @@ def sanitizer_flags(name, tmp_path):
     return flags
 
 
-def run_driver(program, *arguments):
-    result = run(program, *arguments, timeout=300)
+def run_driver(program, *arguments, emulator=(), timeout=300):
+    result = run(*emulator, program, *arguments, timeout=timeout)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return result.stdout
 
 
-def run_cpu_drivers(objects, tmp_path, *flags):
+def run_cpu_drivers(objects, tmp_path, *flags, compiler="g++", **options):
     """What the drivers of all CPU kernels say. Sanitizers watch the kernels, not the checks."""
     poles = {
         dtype.itemsize: partial_fractions.columns(torch.float64, dtype)
@@ -107,9 +108,10 @@ def run_cpu_drivers(objects, tmp_path, *flags):
     def compile_and_run(name):
         driver = tmp_path / f"{name}_host.o"
         define = [flag for flag in flags if flag.startswith("-D")]
-        compile_cpp(*define, "-c", DRIVERS / f"{name}_host.cpp", "-o", driver)
-        compile_cpp(*flags, driver, *objects, "-o", tmp_path / name)
-        return [run_driver(tmp_path / name, *arguments).strip() for arguments in calls[name]]
+        source, program = DRIVERS / f"{name}_host.cpp", tmp_path / name
+        compile_cpp(*define, "-c", source, "-o", driver, compiler=compiler)
+        compile_cpp(*flags, driver, *objects, "-o", program, compiler=compiler)
+        return [run_driver(program, *arguments, **options).strip() for arguments in calls[name]]
 
     with ThreadPoolExecutor(2) as pool:
         return [line for said in pool.map(compile_and_run, calls) for line in said]
@@ -139,6 +141,21 @@ def test_cpu_kernels_under_sanitizers(sanitizer, tmp_path):
     objects = compile_isa("portable", tmp_path, *flags)
     objects += compile_host_side(tmp_path, *flags)
     said = run_cpu_drivers(objects, tmp_path, *flags)
+    assert said == ["portable", "gram is right", "rational is right", "rational is right"]
+
+
+@pytest.mark.slow
+def test_cpu_kernels_on_aarch64(tmp_path):
+    """Cross-compiled with NEON and emulated: Debian's g++-aarch64-linux-gnu and qemu-user."""
+    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
+    if emulator is None:
+        pytest.skip("no qemu-aarch64")
+    flags = ["-O2", "-static"]
+    objects = compile_isa("portable", tmp_path, *flags, compiler=compiler)
+    objects += compile_host_side(tmp_path, *flags, compiler=compiler)
+    said = run_cpu_drivers(
+        objects, tmp_path, *flags, compiler=compiler, emulator=[emulator], timeout=1200
+    )
     assert said == ["portable", "gram is right", "rational is right", "rational is right"]
 
 
