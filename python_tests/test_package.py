@@ -115,7 +115,7 @@ def test_main_prints_every_part():
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/shaping.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/shaping.md", "docs/migration.md"])
 def test_examples_run(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
     assert blocks
