@@ -299,6 +299,15 @@ def test_toys(toy):
     assert find(make()) == expected
 
 
+def test_lazy_layers_have_blocks_too():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.LazyConv2d(8, 3), nn.LazyLinear(8)
+
+    assert find(nn.Sequential(Lazy(), Lazy())) == ["0", "1"]
+
+
 def test_a_model_without_blocks_is_told_what_to_pass():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     for layers in (None, "blocks", "attention"):

@@ -447,6 +447,17 @@ def test_class_token_and_tokens_of_sequences_first():
         assert got == pytest.approx(entropy(matrix), abs=1e-5)
 
 
+def test_lazy_layers():
+    """Their weights have no shape before the first pass."""
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(2), nn.LazyLinear(5))
+    x = torch.randn(N, 3, 6, 6)
+    got = measure(model, x, layers=["0", "1", "3"])
+    found = outputs(model, x)
+    assert got["0"] == pytest.approx(entropy(found["0"].mean((2, 3))), abs=1e-5)
+    assert got["1"] == pytest.approx(entropy(found["1"].mean((2, 3))), abs=1e-5)
+    assert got["3"] == pytest.approx(entropy(found["3"].mean(1)), abs=1e-5)
+
+
 # ---- outputs ----
 
 

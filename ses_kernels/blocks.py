@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _SEQUENCES = (nn.Sequential, nn.ModuleList)
 _CONTAINERS = (*_SEQUENCES, nn.ModuleDict)
@@ -42,7 +43,7 @@ def is_map(module: nn.Module) -> bool:
         return True
     # Linear, and what stands in for it: quantized, low-rank, transformers' Conv1D (nx -> nf).
     known = isinstance(getattr(module, "out_features", getattr(module, "nf", None)), int)
-    return known and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    return known and any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False))
 
 
 def maps(module: nn.Module) -> int:
@@ -64,7 +65,8 @@ class _Tree:
         for name, module in modules.items():
             maps = is_map(module) + 2 * isinstance(module, nn.MultiheadAttention)
             depthwise = getattr(module, "groups", 1) == getattr(module, "in_channels", 0) > 1
-            count = sum(p.numel() for p in module.parameters(recurse=False))
+            own = module.parameters(recurse=False)
+            count = sum(1 if is_lazy(p) else p.numel() for p in own)
             for ancestor in self._up(name):
                 self.maps[ancestor] += maps
                 self.parameters[ancestor] += count

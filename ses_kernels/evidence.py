@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ses_kernels.blocks import is_map
 
@@ -77,7 +78,8 @@ def _leaf(module: nn.Module) -> Evidence | None:
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         same = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
         return leaf("last" if same else None, module.normalized_shape[-1])
-    vectors = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 1]
+    own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
+    vectors = [p.shape[0] for p in own if p.dim() == 1]
     if vectors and not list(module.children()):  # a norm or a scale of someone's own
         return Evidence(widths=frozenset(vectors), why=type(module).__name__)
     return None
