@@ -351,7 +351,7 @@ class SESRegularizer:
                     f"effective rank by {samples - 1}, and exp(beta log d) = {needed:.1f} at d = "
                     f"{width}, beta = {options.at(layer.beta, step, 'beta'):g}. "
                     f"{math.ceil(needed) + 1} samples would do",
-                    stacklevel=5,
+                    stacklevel=4,
                 )
         self._look_for_variance([entry for entry in fresh if entry.matrix.shape[-2] > 1])
         if fresh and _log.isEnabledFor(logging.DEBUG):
