@@ -161,6 +161,17 @@ def test_fused_says_what_it_cannot_read():
         ops.rational([torch.eye(3)[None]], [True], torch.float32, True, "fused")
 
 
+def test_a_kernel_takes_what_it_does_not_refuse():
+    """Told by the arguments; the last of them is the backend."""
+    kernel = ops.Kernel(lambda n, _: f"kernel {n}", lambda n, _: "n is odd" if n % 2 else None)
+    row = ops._or_default(kernel, lambda n, _: f"default {n}")
+    assert [row(n, "auto") for n in (1, 2)] == ["default 1", "kernel 2"]
+    assert [row(n, "torch") for n in (1, 2)] == ["default 1", "default 2"]
+    assert row(2, "fused") == "kernel 2"
+    with pytest.raises(RuntimeError, match='"fused" cannot run: n is odd; use backend="auto"'):
+        row(1, "fused")
+
+
 # ---- the rational solver ------------------------------------------------------------------------
 
 

@@ -18,6 +18,8 @@ offset out of the rounding of the mean.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,15 +35,39 @@ except ImportError as error:
 _library = torch.library.Library("ses_kernels", "DEF")
 
 
-def register(name: str, schema: str, *, fake, default, folds=False, **rows):
-    """One operation: ``default`` serves every device without a row of its own.
+class Kernel(NamedTuple):
+    """The row of a device whose kernels do not take every call."""
+
+    launch: Callable
+    refusal: Callable  # of the same arguments: why not this call; None where it is taken
+
+
+def _or_default(kernel: Kernel, default: Callable) -> Callable:
+    launch, refusal = kernel
+
+    def row(*args):
+        backend = args[-1]
+        if backend == "torch":
+            return default(*args)
+        why = refusal(*args)
+        if why is None:
+            return launch(*args)
+        if backend == "fused":
+            raise RuntimeError(f'backend="fused" cannot run: {why}; use backend="auto" or "torch"')
+        return default(*args)
+
+    return row
+
+
+def register(name: str, schema: str, *, fake, default, folds=False, **rows: Callable | Kernel):
+    """One operation. ``default`` serves devices without a row, and the calls a kernel refuses.
 
     ``folds``: its only tensor is a batch of matrices (b, ..), which an axis of vmap joins.
     """
     _library.define(name + schema)
     _library.impl(name, default, "CompositeExplicitAutograd")
-    for device, row in rows.items():
-        _library.impl(name, row, device)
+    for key, row in rows.items():
+        _library.impl(name, _or_default(row, default) if isinstance(row, Kernel) else row, key)
     torch.library.register_fake(f"ses_kernels::{name}", fake, lib=_library)
     operation = getattr(torch.ops.ses_kernels, name).default
     if folds:
@@ -101,37 +127,19 @@ def widened(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _gram_missing(x: Tensor, compute: torch.dtype) -> str | None:
-    if compute == torch.float64:
-        return "the Gram kernels compute in float32, and this call computes in float64"
-    return triton_missing(x.device.index)
-
-
-def _eigh_missing(a: Tensor) -> str | None:
-    limit = eigh_limit(a.device.type, a.device.index, a.element_size())
-    if EXTENSION_MISSING or limit == 0:
-        return EXTENSION_MISSING or f"the extension was built without {a.device.type} kernels"
-    if a.shape[-1] > limit:
-        return f"n = {a.shape[-1]} exceeds the eigh kernel's limit of {limit} on {a.device.type}"
-    return None
-
-
-def _fused(backend: str, missing: str | None) -> bool:
-    if backend == "fused" and missing:
-        raise RuntimeError(f'backend="fused" cannot run: {missing}; use backend="auto" or "torch"')
-    return backend != "torch" and missing is None
-
-
 # ---- kernel rows ----------------------------------------------------------------------------
 
 
-def _samples_missing(x: Tensor) -> str | None:
-    """Why the extension cannot read x as it lies."""
+def _unreadable(*xs: Tensor) -> str | None:
+    """Why the extension cannot read one of xs as it lies."""
     if EXTENSION_MISSING:
         return EXTENSION_MISSING
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"the CPU kernels read float32 and float64 samples, and got {x.dtype}"
-    return None if x.stride(2) == 1 else "the CPU kernels read rows without gaps"
+    for x in xs:
+        if x.dtype not in (torch.float32, torch.float64):
+            return f"the CPU kernels read float32 and float64 samples, and got {x.dtype}"
+        if x.stride(2) != 1:
+            return "the CPU kernels read rows without gaps"
+    return None
 
 
 def _samples(x: Tensor, compute: torch.dtype) -> tuple[int, ...]:
@@ -144,8 +152,6 @@ def _standard(location: Tensor, scale: Tensor) -> tuple[int, ...]:
 
 
 def _location_scale_cpu(x, anchor, dtype, backend):
-    if not _fused(backend, _samples_missing(x) or _samples_missing(anchor)):
-        return torch_rows.location_scale(x, anchor, dtype, backend)
     location, scale = _location_scale_fake(x, anchor, dtype, backend)
     _C.location_scale(
         *_samples(x, dtype), anchor.data_ptr() if anchor.shape[1] else 0, anchor.stride(0),
@@ -155,8 +161,6 @@ def _location_scale_cpu(x, anchor, dtype, backend):
 
 
 def _gram_cpu(x, location, scale, side, dtype, backend):
-    if not _fused(backend, _samples_missing(x)):
-        return torch_rows.gram(x, location, scale, side, dtype, backend)
     location, scale = location.contiguous(), scale.contiguous()
     gram = _gram_fake(x, location, scale, side, dtype, backend)
     _C.gram(
@@ -167,8 +171,6 @@ def _gram_cpu(x, location, scale, side, dtype, backend):
 
 
 def _gram_backward_cpu(m, x, location, scale, g, side, backend):
-    if not _fused(backend, _samples_missing(x)):
-        return torch_rows.gram_backward(m, x, location, scale, g, side, backend)
     m, location, scale = m.contiguous(), location.contiguous(), scale.contiguous()
     out = _gram_backward_fake(m, x, location, scale, g, side, backend)
     _C.gram_backward(
@@ -178,7 +180,7 @@ def _gram_backward_cpu(m, x, location, scale, g, side, backend):
     return out
 
 
-def _rational_missing(grams: list[Tensor]) -> str | None:
+def _rational_refusal(grams, center, dtype, gradient, backend):
     if EXTENSION_MISSING:
         return EXTENSION_MISSING
     for gram in grams:
@@ -188,8 +190,6 @@ def _rational_missing(grams: list[Tensor]) -> str | None:
 
 
 def _rational_cpu(grams, center, dtype, gradient, backend):
-    if not _fused(backend, _rational_missing(grams)):
-        return torch_rows.rational(grams, center, dtype, gradient, backend)
     outputs = _rational_fake(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     _C.rational_cpu(
@@ -200,8 +200,6 @@ def _rational_cpu(grams, center, dtype, gradient, backend):
 
 
 def _rational_from_samples_cpu(xs, center, gradient, backend):
-    if not _fused(backend, next(filter(None, map(_samples_missing, xs)), None)):
-        return _rational_from_samples_in_steps(xs, center, gradient, backend)
     outputs = _rational_from_samples_fake(xs, center, gradient, backend)
     layers = [
         (
@@ -224,7 +222,7 @@ def rational_limit_cuda(device: int) -> int:
     return 0 if _C is None else _C.max_n_rational_cuda(device)
 
 
-def _rational_missing_cuda(grams: list[Tensor], dtype: torch.dtype) -> str | None:
+def _rational_refusal_cuda(grams, center, dtype, gradient, backend):
     limit = rational_limit_cuda(grams[0].device.index)
     if EXTENSION_MISSING or limit == 0:
         return EXTENSION_MISSING or "the extension was built without cuda kernels"
@@ -237,8 +235,6 @@ def _rational_missing_cuda(grams: list[Tensor], dtype: torch.dtype) -> str | Non
 
 
 def _rational_cuda(grams, center, dtype, gradient, backend):
-    if not _fused(backend, _rational_missing_cuda(grams, dtype)):
-        return torch_rows.rational(grams, center, dtype, gradient, backend)
     outputs = _rational_fake(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     layers = _layers(grams, center, outputs)
@@ -259,9 +255,13 @@ def _layers(grams, center, outputs) -> list[tuple]:
     ]
 
 
+def _no_triton(x: Tensor, compute: torch.dtype) -> str | None:
+    if compute == torch.float64:
+        return "the Gram kernels compute in float32, and this call computes in float64"
+    return triton_missing(x.device.index)
+
+
 def _location_scale_cuda(x, anchor, dtype, backend):
-    if not _fused(backend, _gram_missing(x, dtype)):
-        return torch_rows.location_scale(x, anchor, dtype, backend)
     from ses_kernels.kernels import gram
 
     if anchor.shape[1]:
@@ -270,16 +270,12 @@ def _location_scale_cuda(x, anchor, dtype, backend):
 
 
 def _gram_cuda(x, location, scale, side, dtype, backend):
-    if not _fused(backend, _gram_missing(x, dtype)):
-        return torch_rows.gram(x, location, scale, side, dtype, backend)
     from ses_kernels.kernels import gram
 
     return gram.gram(x, location if location.shape[1] else None, scale, side)
 
 
 def _gram_backward_cuda(m, x, location, scale, g, side, backend):
-    if not _fused(backend, _gram_missing(x, scale.dtype)):
-        return torch_rows.gram_backward(m, x, location, scale, g, side, backend)
     from ses_kernels.kernels import gram
 
     location = location if location.shape[1] else None
@@ -290,16 +286,18 @@ def _eigh_outputs(a):  # eigenvectors as rows: transposed, that is torch.linalg.
     return a.new_empty(a.shape[:-1]), torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
-def _eigh_fused(a: Tensor, backend: str) -> bool:
-    fused = _fused(backend, _eigh_missing(a))
-    if fused and backend == "auto":
-        return crossover.eigh_wins(a.device.type, a.dtype, a.shape[1], a.shape[0])
-    return fused
+def _eigh_refusal(a, backend):
+    limit = eigh_limit(a.device.type, a.device.index, a.element_size())
+    if EXTENSION_MISSING or limit == 0:
+        return EXTENSION_MISSING or f"the extension was built without {a.device.type} kernels"
+    if a.shape[-1] > limit:
+        return f"n = {a.shape[-1]} exceeds the eigh kernel's limit of {limit} on {a.device.type}"
+    b, n, _ = a.shape
+    wins = backend == "fused" or crossover.eigh_wins(a.device.type, a.dtype, n, b)
+    return None if wins else "torch.linalg.eigh is the faster"
 
 
 def _eigh_cpu(a, backend):
-    if not _eigh_fused(a, backend):
-        return torch_rows.eigh(a, backend)
     a = a.contiguous()
     w, v = _eigh_outputs(a)
     _C.eigh_cpu(
@@ -311,12 +309,10 @@ def _eigh_cpu(a, backend):
 
 def _eigvalsh_cpu(a, backend):
     # The kernels make the vectors all the same; LAPACK is faster without.
-    return _eigh_cpu(a, backend)[0] if _eigh_fused(a, backend) else torch_rows.eigvalsh(a, backend)
+    return _eigh_cpu(a, backend)[0]
 
 
 def _eigh_cuda(a, backend):
-    if not _eigh_fused(a, backend):
-        return torch_rows.eigh(a, backend)
     a = a.contiguous()
     w, v = _eigh_outputs(a)
     stream = torch.cuda.current_stream(a.device).cuda_stream
@@ -328,7 +324,7 @@ def _eigh_cuda(a, backend):
 
 
 def _eigvalsh_cuda(a, backend):
-    return _eigh_cuda(a, backend)[0] if _eigh_fused(a, backend) else torch_rows.eigvalsh(a, backend)
+    return _eigh_cuda(a, backend)[0]
 
 
 # ---- one operation by others ----------------------------------------------------------------
@@ -400,16 +396,16 @@ location_scale = register(
     "(Tensor x, Tensor anchor, ScalarType dtype, str backend) -> (Tensor, Tensor)",
     fake=_location_scale_fake,
     default=torch_rows.location_scale,
-    CPU=_location_scale_cpu,
-    CUDA=_location_scale_cuda,
+    CPU=Kernel(_location_scale_cpu, lambda x, anchor, *_: _unreadable(x, anchor)),
+    CUDA=Kernel(_location_scale_cuda, lambda x, anchor, dtype, _: _no_triton(x, dtype)),
 )
 gram = register(
     "gram",
     "(Tensor x, Tensor location, Tensor scale, str side, ScalarType dtype, str backend) -> Tensor",
     fake=_gram_fake,
     default=torch_rows.gram,
-    CPU=_gram_cpu,
-    CUDA=_gram_cuda,
+    CPU=Kernel(_gram_cpu, lambda x, *_: _unreadable(x)),
+    CUDA=Kernel(_gram_cuda, lambda x, location, scale, side, dtype, _: _no_triton(x, dtype)),
 )
 gram_backward = register(
     "gram_backward",
@@ -417,23 +413,23 @@ gram_backward = register(
     " -> Tensor",
     fake=_gram_backward_fake,
     default=torch_rows.gram_backward,
-    CPU=_gram_backward_cpu,
-    CUDA=_gram_backward_cuda,
+    CPU=Kernel(_gram_backward_cpu, lambda m, x, *_: _unreadable(x)),
+    CUDA=Kernel(_gram_backward_cuda, lambda m, x, location, scale, *_: _no_triton(x, scale.dtype)),
 )
 rational = register(
     "rational",
     "(Tensor[] grams, bool[] center, ScalarType dtype, bool gradient, str backend) -> Tensor[]",
     fake=_rational_fake,
     default=torch_rows.rational,
-    CPU=_rational_cpu,
-    CUDA=_rational_cuda,
+    CPU=Kernel(_rational_cpu, _rational_refusal),
+    CUDA=Kernel(_rational_cuda, _rational_refusal_cuda),
 )
 rational_from_samples = register(
     "rational_from_samples",
     "(Tensor[] xs, bool center, bool gradient, str backend) -> Tensor[]",
     fake=_rational_from_samples_fake,
     default=_rational_from_samples_in_steps,
-    CPU=_rational_from_samples_cpu,
+    CPU=Kernel(_rational_from_samples_cpu, lambda xs, *_: _unreadable(*xs)),
 )
 eigh = register(
     "eigh",
@@ -441,8 +437,8 @@ eigh = register(
     fake=_eigh_fake,
     default=torch_rows.eigh,
     folds=True,
-    CPU=_eigh_cpu,
-    CUDA=_eigh_cuda,
+    CPU=Kernel(_eigh_cpu, _eigh_refusal),
+    CUDA=Kernel(_eigh_cuda, _eigh_refusal),
 )
 eigvalsh = register(
     "eigvalsh",
@@ -450,6 +446,6 @@ eigvalsh = register(
     fake=_eigvalsh_fake,
     default=torch_rows.eigvalsh,
     folds=True,
-    CPU=_eigvalsh_cpu,
-    CUDA=_eigvalsh_cuda,
+    CPU=Kernel(_eigvalsh_cpu, _eigh_refusal),
+    CUDA=Kernel(_eigvalsh_cuda, _eigh_refusal),
 )
