@@ -11,24 +11,13 @@ two that keeps squares in range; H does not depend on s, and M(K) = s^2 M(s^2 K)
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ses_kernels import entropy, ops, solvers, torch_rows
 from ses_kernels.context import break_compiled_transforms, is_transformed, without_autocast
-
-
-class Options(NamedTuple):
-    center: bool
-    power: float
-    order: float
-    solver: str
-    backend: str
-    group: torch.distributed.ProcessGroup | None
-    gradient: bool = True  # False: M is not wanted, and comes back empty
+from ses_kernels.solvers import Options, by_layer, solve
 
 
 def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l, d_l) -> L x (b_l,)
@@ -39,17 +28,11 @@ def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l
     if not compiling and is_transformed(xs):
         return TransformableFunction.apply(options, *xs)[: len(xs)]
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
-        return _solve(options._replace(gradient=False), *xs)[: len(xs)]  # eigenvalues cost less
+        return solve(options._replace(gradient=False), *xs)[: len(xs)]  # eigenvalues cost less
     if compiling:
         return SpectralEntropyFunction.apply(options, *xs)
     # What Function.apply comes to then, without binding arguments to a signature: 13 of 49 us.
     return super(torch.autograd.Function, SpectralEntropyFunction).apply(options, *xs)
-
-
-@without_autocast
-def _solve(options, *xs):  # L x (b, B, d) -> H of each, then M, location and scale, for backward
-    hs, ms, locations, scales = zip(*solvers.solve(xs, options), strict=True)
-    return *hs, *ms, *locations, *scales
 
 
 # For torch.jit.trace, one operation whether or not a gradient is wanted: its check traces again
@@ -58,7 +41,7 @@ def _solve(options, *xs):  # L x (b, B, d) -> H of each, then M, location and sc
 
 def _traceable_row(xs, center, power, order, solver, backend):
     options = Options(center, power, order, solver, backend, None, gradient=False)
-    return list(_solve(options, *xs)[: len(xs)])
+    return list(solve(options, *xs)[: len(xs)])
 
 
 def _traceable_autograd(xs, center, power, order, solver, backend):
@@ -89,21 +72,20 @@ class SpectralEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, *xs):
-        outs = _solve(options, *xs)
+        outs = solve(options, *xs)
         _save(ctx, options, *xs, *outs[len(xs) :])
         return outs[: len(xs)]
 
     @staticmethod
     def backward(ctx, *grads):
         saved = ctx.saved_tensors  # read once: checkpointing recomputes what it unpacks
-        layers = len(saved) // 4
         # Grad mode is on in backward where the gradient is to be differentiated again.
         gradient = SpectralEntropyBackward.apply if torch.is_grad_enabled() else _gradient
         return None, *(
-            gradient(ctx.options, grads[i], *saved[i::layers])
+            gradient(ctx.options, grads[i], *layer)
             if ctx.needs_input_grad[1 + i] and grads[i] is not None
             else None
-            for i in range(layers)
+            for i, layer in enumerate(by_layer(saved))
         )
 
 
@@ -115,7 +97,7 @@ class TransformableFunction(SpectralEntropyFunction):
 
     @staticmethod
     def forward(options, *xs):  # type: ignore[override] # no context: setup_context has it
-        return _solve(options, *xs)
+        return solve(options, *xs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -127,17 +109,15 @@ class TransformableFunction(SpectralEntropyFunction):
 
     @staticmethod
     def jvp(ctx, _, *tangents):
-        saved = ctx.saved_tensors
-        layers = len(tangents)
         outs = []
-        for i, tangent in enumerate(tangents):
-            x, m, location, scale = saved[i::layers]
+        layers = by_layer(ctx.saved_tensors)
+        for (x, m, location, scale), tangent in zip(layers, tangents, strict=True):
             if tangent is None:
                 tangent = torch.zeros_like(x)
             # dH = <dH/dx, dx>
             gradient = _gradient(ctx.options, torch.ones_like(scale), x, m, location, scale)
             outs.append((gradient.to(scale.dtype) * tangent).sum((-2, -1)).to(ops.widened(x)))
-        return *outs, *[None] * (3 * layers)
+        return *outs, *[None] * (3 * len(layers))
 
     @staticmethod
     def vmap(info, in_dims, options, *xs):

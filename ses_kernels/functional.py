@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ses_kernels import distributed, lowrank
-from ses_kernels.autograd import Options, apply
+from ses_kernels.autograd import apply
 from ses_kernels.checks import check
+from ses_kernels.solvers import Options
 
 _SOLVERS = ("auto", "eigh", "rational", "lowrank")
 _BACKENDS = ("auto", "torch", "fused")

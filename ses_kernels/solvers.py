@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 from ses_kernels import crossover, distributed, entropy, ops, torch_rows
+from ses_kernels.context import without_autocast
+
+
+class Options(NamedTuple):
+    center: bool
+    power: float
+    order: float
+    solver: str
+    backend: str
+    group: torch.distributed.ProcessGroup | None
+    gradient: bool = True  # False: M is not wanted, and comes back empty
+
 
 # ---- which solver, and in which precision ---------------------------------------------------
 
@@ -21,7 +33,7 @@ def small_values_matter(power: float, order: float) -> bool:
     return power * min(order, 1.0) < 2
 
 
-def needs_svd(x: Tensor, options) -> bool:
+def needs_svd(x: Tensor, options: Options) -> bool:
     """float64 samples have no wider type for their Gram matrix, so those go to an SVD of x."""
     sensitive = small_values_matter(options.power, options.order)
     return sensitive and x.dtype == torch.float64 and options.group is None
@@ -35,7 +47,7 @@ def choose(x: Tensor, n: int, backend: str) -> str:
     return "rational" if crossover.rational_wins(device, x.dtype, n, x.shape[0]) else "eigh"
 
 
-def solver_for(x: Tensor, options) -> str:
+def solver_for(x: Tensor, options: Options) -> str:
     """The name of the solver, the closed form of the collision entropy among them."""
     if options.power == 2 and options.order == 1:
         auto = options.solver == "auto"
@@ -45,7 +57,7 @@ def solver_for(x: Tensor, options) -> str:
     return "svd" if needs_svd(x, options) else "eigh"
 
 
-def compute_dtype(x: Tensor, options) -> torch.dtype:
+def compute_dtype(x: Tensor, options: Options) -> torch.dtype:
     """That of location, scale and M."""
     sensitive = small_values_matter(options.power, options.order)
     return torch.float64 if sensitive else ops.widened(x)
@@ -54,18 +66,18 @@ def compute_dtype(x: Tensor, options) -> torch.dtype:
 # ---- the Gram matrix ------------------------------------------------------------------------
 
 
-def side(x: Tensor, options) -> str:
+def side(x: Tensor, options: Options) -> str:
     """Samples are gathered where they are the smaller side, so a shard has the other one."""
     return "features" if options.group is not None else ops.smaller_side(x)
 
 
-def size(x: Tensor, options) -> int:
+def size(x: Tensor, options: Options) -> int:
     """n, of the Gram matrix on that side."""
     _, samples, features = x.shape
     return features if options.group is not None else min(samples, features)
 
 
-def locate(x: Tensor, options) -> tuple[Tensor, Tensor]:
+def locate(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Location (b, 2, d): first row and mean offset from it, (b, 0, d) if uncentred; scale (b,)."""
     anchor = x[:, :1] if options.center else x[:, :0]
     dtype = compute_dtype(x, options)
@@ -74,7 +86,7 @@ def locate(x: Tensor, options) -> tuple[Tensor, Tensor]:
     return ops.location_scale(x, anchor, dtype, options.backend)
 
 
-def gram(x: Tensor, location: Tensor, scale: Tensor, options) -> Tensor:  # -> (b, n, n)
+def gram(x: Tensor, location: Tensor, scale: Tensor, options: Options) -> Tensor:  # -> (b, n, n)
     rational = solver_for(x, options) == "rational"
     dtype = ops.rational_gram_dtype(x.device, scale.dtype) if rational else scale.dtype
     k = ops.gram(x, location, scale, side(x, options), dtype, options.backend)
@@ -83,7 +95,7 @@ def gram(x: Tensor, location: Tensor, scale: Tensor, options) -> Tensor:  # -> (
     return k
 
 
-def _centers(x: Tensor, options) -> bool:
+def _centers(x: Tensor, options: Options) -> bool:
     """Whether J M J, J = I - 11^T / n, is wanted for M.
 
     On the samples' side 1 is in the null space of K: M there is the log of rounding.
@@ -103,7 +115,20 @@ class Solved(NamedTuple):
     scale: Tensor
 
 
-def solve(xs: Sequence[Tensor], options) -> list[Solved]:
+def by_layer(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Four of each layer, from all of one kind after all of another, as operations return them."""
+    layers = len(tensors) // 4
+    return [tensors[i::layers] for i in range(layers)]
+
+
+@without_autocast
+def solve(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b, B, d) -> 4 L
+    """H of each, then M, location and scale of each: what an autograd function can return."""
+    hs, ms, locations, scales = zip(*_solve(xs, options), strict=True)
+    return *hs, *ms, *locations, *scales
+
+
+def _solve(xs: Sequence[Tensor], options: Options) -> list[Solved]:
     """One call of the rational solver for all tensors, one of an eigensolver for each n."""
     solved: list = [None] * len(xs)
     calls: list[tuple[tuple, list[int]]] = []
@@ -126,7 +151,7 @@ def solve(xs: Sequence[Tensor], options) -> list[Solved]:
     return solved
 
 
-def _solve_rational(xs, options):
+def _solve_rational(xs: Sequence[Tensor], options: Options) -> list[Solved]:
     if options.group is None:
         results = ops.rational_from_samples(xs, options.center, options.gradient, options.backend)
     else:  # the Gram matrix crosses between the ranks
@@ -136,10 +161,10 @@ def _solve_rational(xs, options):
         dtype = located[0][1].dtype
         results = ops.rational(grams, center, dtype, options.gradient, options.backend)
         results += [location for location, _ in located] + [scale for _, scale in located]
-    return [Solved(*results[i :: len(xs)]) for i in range(len(xs))]
+    return [Solved(*layer) for layer in by_layer(results)]
 
 
-def _solve_stacked(xs, options):
+def _solve_stacked(xs: Sequence[Tensor], options: Options) -> list[Solved]:
     located = [locate(x, options) for x in xs]
     grams = [gram(x, *at, options) for x, at in zip(xs, located, strict=True)]
     stacked = grams[0] if len(grams) == 1 else torch.cat(grams)
@@ -157,7 +182,7 @@ def _solve_stacked(xs, options):
     ]
 
 
-def _solve_svd(xs, options):
+def _solve_svd(xs: Sequence[Tensor], options: Options) -> list[Solved]:
     solved = []
     for x in xs:
         at = locate(x, options)
@@ -167,11 +192,11 @@ def _solve_svd(xs, options):
     return solved
 
 
-def _centered(m: Tensor, x: Tensor, options) -> Tensor:
+def _centered(m: Tensor, x: Tensor, options: Options) -> Tensor:
     return torch_rows.double_center(m) if options.gradient and _centers(x, options) else m
 
 
-def spectrum(gram: Tensor, options) -> tuple[Tensor, Tensor | None, float]:
+def spectrum(gram: Tensor, options: Options) -> tuple[Tensor, Tensor | None, float]:
     """Eigenvalues (b, n), eigenvectors (b, n, n), and what of them, relative, is rounding.
 
     No eigenvectors, None, where no gradient is wanted.
