@@ -127,6 +127,58 @@ def widened(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+# ---- results, empty: what kernels write into, and the fakes of their operations ------------
+
+
+def _empty_location_scale(x, anchor, dtype, backend):
+    rows = 2 if anchor.shape[1] else 0
+    return x.new_empty(x.shape[0], rows, x.shape[2], dtype=dtype), x.new_empty(
+        x.shape[0], dtype=dtype
+    )
+
+
+def _empty_gram(x, location, scale, side, dtype, backend):
+    n = x.shape[1] if side == "samples" else x.shape[2]
+    return x.new_empty(x.shape[0], n, n, dtype=dtype)
+
+
+def _empty_gram_backward(m, x, location, scale, g, side, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _empty_rational(grams, center, dtype, gradient, backend):
+    sizes = [gram.shape if gradient else (gram.shape[0], 0, 0) for gram in grams]
+    return [gram.new_empty(gram.shape[0], dtype=dtype) for gram in grams] + [
+        gram.new_empty(size, dtype=dtype) for gram, size in zip(grams, sizes, strict=True)
+    ]
+
+
+def _empty_rational_from_samples(xs, center, gradient, backend):
+    compute = widened(xs[0])
+    hs, ms, locations, scales = [], [], [], []
+    for x in xs:
+        b, rows, columns = x.shape
+        n = min(rows, columns) if gradient else 0
+        hs.append(x.new_empty(b, dtype=compute))
+        ms.append(x.new_empty(b, n, n, dtype=compute))
+        locations.append(x.new_empty(b, 2 if center else 0, columns, dtype=compute))
+        scales.append(x.new_empty(b, dtype=compute))
+    return hs + ms + locations + scales
+
+
+def _empty_eigh(a):  # eigenvectors as rows: transposed, that is torch.linalg.eigh's layout
+    return a.new_empty(a.shape[:-1]), torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+def _eigh_fake(a, backend):
+    w, v = _empty_eigh(a)
+    return w, v.mT
+
+
+def _eigvalsh_fake(a, backend):
+    return a.new_empty(a.shape[:-1])
+
+
 # ---- kernel rows ----------------------------------------------------------------------------
 
 
@@ -152,7 +204,7 @@ def _standard(location: Tensor, scale: Tensor) -> tuple[int, ...]:
 
 
 def _location_scale_cpu(x, anchor, dtype, backend):
-    location, scale = _location_scale_fake(x, anchor, dtype, backend)
+    location, scale = _empty_location_scale(x, anchor, dtype, backend)
     _C.location_scale(
         *_samples(x, dtype), anchor.data_ptr() if anchor.shape[1] else 0, anchor.stride(0),
         location.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
@@ -162,7 +214,7 @@ def _location_scale_cpu(x, anchor, dtype, backend):
 
 def _gram_cpu(x, location, scale, side, dtype, backend):
     location, scale = location.contiguous(), scale.contiguous()
-    gram = _gram_fake(x, location, scale, side, dtype, backend)
+    gram = _empty_gram(x, location, scale, side, dtype, backend)
     _C.gram(
         *_samples(x, scale.dtype), *_standard(location, scale), side == "samples",
         gram.data_ptr(), gram.element_size(), torch.get_num_threads(),
@@ -172,7 +224,7 @@ def _gram_cpu(x, location, scale, side, dtype, backend):
 
 def _gram_backward_cpu(m, x, location, scale, g, side, backend):
     m, location, scale = m.contiguous(), location.contiguous(), scale.contiguous()
-    out = _gram_backward_fake(m, x, location, scale, g, side, backend)
+    out = _empty_gram_backward(m, x, location, scale, g, side, backend)
     _C.gram_backward(
         m.data_ptr(), *_samples(x, scale.dtype), *_standard(location, scale),
         g.data_ptr(), g.stride(0), side == "samples", out.data_ptr(), torch.get_num_threads(),
@@ -190,7 +242,7 @@ def _rational_refusal(grams, center, dtype, gradient, backend):
 
 
 def _rational_cpu(grams, center, dtype, gradient, backend):
-    outputs = _rational_fake(grams, center, dtype, gradient, backend)
+    outputs = _empty_rational(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     _C.rational_cpu(
         _layers(grams, center, outputs), dtype.itemsize,
@@ -200,7 +252,7 @@ def _rational_cpu(grams, center, dtype, gradient, backend):
 
 
 def _rational_from_samples_cpu(xs, center, gradient, backend):
-    outputs = _rational_from_samples_fake(xs, center, gradient, backend)
+    outputs = _empty_rational_from_samples(xs, center, gradient, backend)
     layers = [
         (
             x.data_ptr(), *x.stride()[:2], *x.shape, smaller_side(x) == "samples",
@@ -235,7 +287,7 @@ def _rational_refusal_cuda(grams, center, dtype, gradient, backend):
 
 
 def _rational_cuda(grams, center, dtype, gradient, backend):
-    outputs = _rational_fake(grams, center, dtype, gradient, backend)
+    outputs = _empty_rational(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     layers = _layers(grams, center, outputs)
     poles = partial_fractions.columns(torch.float32, torch.float32)
@@ -282,10 +334,6 @@ def _gram_backward_cuda(m, x, location, scale, g, side, backend):
     return gram.gram_backward(m, x, location, scale, g, side)
 
 
-def _eigh_outputs(a):  # eigenvectors as rows: transposed, that is torch.linalg.eigh's layout
-    return a.new_empty(a.shape[:-1]), torch.empty_like(a, memory_format=torch.contiguous_format)
-
-
 def _eigh_refusal(a, backend):
     limit = eigh_limit(a.device.type, a.device.index, a.element_size())
     if EXTENSION_MISSING or limit == 0:
@@ -299,7 +347,7 @@ def _eigh_refusal(a, backend):
 
 def _eigh_cpu(a, backend):
     a = a.contiguous()
-    w, v = _eigh_outputs(a)
+    w, v = _empty_eigh(a)
     _C.eigh_cpu(
         a.data_ptr(), w.data_ptr(), v.data_ptr(), *a.shape[:2], a.element_size(),
         torch.get_num_threads(),
@@ -314,7 +362,7 @@ def _eigvalsh_cpu(a, backend):
 
 def _eigh_cuda(a, backend):
     a = a.contiguous()
-    w, v = _eigh_outputs(a)
+    w, v = _empty_eigh(a)
     stream = torch.cuda.current_stream(a.device).cuda_stream
     _C.eigh_cuda(
         a.data_ptr(), w.data_ptr(), v.data_ptr(), *a.shape[:2], a.element_size(),
@@ -345,56 +393,10 @@ def _rational_from_samples_in_steps(xs, center, gradient, backend):
 
 # ---- the table ------------------------------------------------------------------------------
 
-
-def _location_scale_fake(x, anchor, dtype, backend):
-    rows = 2 if anchor.shape[1] else 0
-    return x.new_empty(x.shape[0], rows, x.shape[2], dtype=dtype), x.new_empty(
-        x.shape[0], dtype=dtype
-    )
-
-
-def _gram_fake(x, location, scale, side, dtype, backend):
-    n = x.shape[1] if side == "samples" else x.shape[2]
-    return x.new_empty(x.shape[0], n, n, dtype=dtype)
-
-
-def _gram_backward_fake(m, x, location, scale, g, side, backend):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _rational_fake(grams, center, dtype, gradient, backend):
-    sizes = [gram.shape if gradient else (gram.shape[0], 0, 0) for gram in grams]
-    return [gram.new_empty(gram.shape[0], dtype=dtype) for gram in grams] + [
-        gram.new_empty(size, dtype=dtype) for gram, size in zip(grams, sizes, strict=True)
-    ]
-
-
-def _rational_from_samples_fake(xs, center, gradient, backend):
-    compute = widened(xs[0])
-    hs, ms, locations, scales = [], [], [], []
-    for x in xs:
-        b, rows, columns = x.shape
-        n = min(rows, columns) if gradient else 0
-        hs.append(x.new_empty(b, dtype=compute))
-        ms.append(x.new_empty(b, n, n, dtype=compute))
-        locations.append(x.new_empty(b, 2 if center else 0, columns, dtype=compute))
-        scales.append(x.new_empty(b, dtype=compute))
-    return hs + ms + locations + scales
-
-
-def _eigh_fake(a, backend):
-    w, v = _eigh_outputs(a)
-    return w, v.mT
-
-
-def _eigvalsh_fake(a, backend):
-    return a.new_empty(a.shape[:-1])
-
-
 location_scale = register(
     "location_scale",
     "(Tensor x, Tensor anchor, ScalarType dtype, str backend) -> (Tensor, Tensor)",
-    fake=_location_scale_fake,
+    fake=_empty_location_scale,
     default=torch_rows.location_scale,
     CPU=Kernel(_location_scale_cpu, lambda x, anchor, *_: _unreadable(x, anchor)),
     CUDA=Kernel(_location_scale_cuda, lambda x, anchor, dtype, _: _no_triton(x, dtype)),
@@ -402,7 +404,7 @@ location_scale = register(
 gram = register(
     "gram",
     "(Tensor x, Tensor location, Tensor scale, str side, ScalarType dtype, str backend) -> Tensor",
-    fake=_gram_fake,
+    fake=_empty_gram,
     default=torch_rows.gram,
     CPU=Kernel(_gram_cpu, lambda x, *_: _unreadable(x)),
     CUDA=Kernel(_gram_cuda, lambda x, location, scale, side, dtype, _: _no_triton(x, dtype)),
@@ -411,7 +413,7 @@ gram_backward = register(
     "gram_backward",
     "(Tensor m, Tensor x, Tensor location, Tensor scale, Tensor g, str side, str backend)"
     " -> Tensor",
-    fake=_gram_backward_fake,
+    fake=_empty_gram_backward,
     default=torch_rows.gram_backward,
     CPU=Kernel(_gram_backward_cpu, lambda m, x, *_: _unreadable(x)),
     CUDA=Kernel(_gram_backward_cuda, lambda m, x, location, scale, *_: _no_triton(x, scale.dtype)),
@@ -419,7 +421,7 @@ gram_backward = register(
 rational = register(
     "rational",
     "(Tensor[] grams, bool[] center, ScalarType dtype, bool gradient, str backend) -> Tensor[]",
-    fake=_rational_fake,
+    fake=_empty_rational,
     default=torch_rows.rational,
     CPU=Kernel(_rational_cpu, _rational_refusal),
     CUDA=Kernel(_rational_cuda, _rational_refusal_cuda),
@@ -427,7 +429,7 @@ rational = register(
 rational_from_samples = register(
     "rational_from_samples",
     "(Tensor[] xs, bool center, bool gradient, str backend) -> Tensor[]",
-    fake=_rational_from_samples_fake,
+    fake=_empty_rational_from_samples,
     default=_rational_from_samples_in_steps,
     CPU=Kernel(_rational_from_samples_cpu, lambda xs, *_: _unreadable(*xs)),
 )
