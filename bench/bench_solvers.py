@@ -14,7 +14,7 @@ from bench.providers import eigh_peers, solve_by_eigh
 from bench.shapes import batch_of
 from bench.timing import Call
 from ses_kernels import ops, solvers
-from ses_kernels.rational import POLES
+from ses_kernels.rational_coefficients import POLES
 
 # The hooks of ResNet-18 at B = 256, of WideResNet-28-10 at B = 512, a ViT's heads, small matrices.
 BATCHES = [(9, 256), (13, 512), (144, 64), (4096, 16)]

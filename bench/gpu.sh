@@ -43,8 +43,8 @@ stage "build" 80 bash -c build
 stage "capabilities" 10 "$PYTHON" -m ses_kernels
 poles=$("$PYTHON" -c '
 import torch
-from ses_kernels import partial_fractions
-c, t, w = partial_fractions.columns(torch.float32, torch.float32)
+from ses_kernels import rational_coefficients
+c, t, w = rational_coefficients.columns(torch.float32, torch.float32)
 print(c, *t, *w)
 ')
 stage "digits" 20 "$driver" check $poles # a word a number

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ses_kernels import partial_fractions
+from ses_kernels import rational_coefficients
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -96,7 +96,7 @@ def run_driver(program, *arguments, emulator=(), timeout=300):
 def run_cpu_drivers(objects, tmp_path, *flags, compiler="g++", **options):
     """What the drivers of all CPU kernels say. Sanitizers watch the kernels, not the checks."""
     poles = {
-        dtype.itemsize: partial_fractions.columns(torch.float64, dtype)
+        dtype.itemsize: rational_coefficients.columns(torch.float64, dtype)
         for dtype in (torch.float32, torch.float64)
     }
     calls = {
@@ -260,7 +260,7 @@ def cuda_driver(tmp_path_factory):
         "-Werror", "all-warnings", "-Xcompiler", "-Werror",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
-    c, t, w = partial_fractions.columns(torch.float32, torch.float32)
+    c, t, w = rational_coefficients.columns(torch.float32, torch.float32)
     return lambda mode: run(driver, mode, c, *t, *w, timeout=300)
 
 

@@ -14,7 +14,7 @@ import threading
 import pytest
 import torch
 
-from ses_kernels import partial_fractions
+from ses_kernels import rational_coefficients
 
 _C = pytest.importorskip("ses_kernels._C")
 
@@ -225,7 +225,7 @@ def test_works_after_fork():
 # ---- the rational solver ------------------------------------------------------------------------
 
 
-POLES = {dtype: partial_fractions.columns(torch.float64, dtype) for dtype in DTYPES}
+POLES = {dtype: rational_coefficients.columns(torch.float64, dtype) for dtype in DTYPES}
 
 
 def rational(gram, dtype=torch.float64, gradient=True, center=False, threads=2, poles=None):
@@ -465,7 +465,7 @@ def test_a_forked_child_starts_threads_of_its_own(used):
     code = f"""
         import os, signal
         import torch
-        from ses_kernels import _C, partial_fractions
+        from ses_kernels import _C, rational_coefficients
 
         torch.set_num_threads(2)
         x = torch.randn(256, 40, 64, dtype=torch.float64)
@@ -473,7 +473,7 @@ def test_a_forked_child_starts_threads_of_its_own(used):
         h, m, out = x.new_empty(256), torch.empty_like(gram), torch.empty_like(x)
         sizes = x.data_ptr(), 8, 8, *x.stride()[:2], *x.shape
         standard = 0, 0, 0, scale.data_ptr()
-        poles = partial_fractions.columns(torch.float64, torch.float64)
+        poles = rational_coefficients.columns(torch.float64, torch.float64)
         layer = gram.data_ptr(), h.data_ptr(), m.data_ptr(), 256, 40, False
 
         def solve():

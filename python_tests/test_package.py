@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ses_kernels"
 
 # Each file may import those before it; reference.py, another route, imports none of them.
-LAYERS = ["reference", "checks", "context", "kernels.gram", "_C", "rational",
-          "partial_fractions", "crossover", "torch_rows", "ops", "lowrank", "distributed",
+LAYERS = ["reference", "checks", "context", "kernels.gram", "_C", "rational_coefficients",
+          "rational_solver", "crossover", "torch_rows", "ops", "lowrank", "distributed",
           "entropy", "solvers", "autograd", "linalg", "functional", "metrics", "schedules",
           "blocks", "evidence", "layout", "layers", "pooling", "options", "capture", "regularizer",
           "integrations.lightning", "integrations.transformers", "__init__",

@@ -11,7 +11,7 @@ import torch
 from conftest import FAMILIES, _power_law, _with_spectrum, root_mean_square
 from test_csrc import DRIVERS, SANITIZERS, compile_cpp, run, run_driver, sanitizer_flags
 
-from ses_kernels import partial_fractions, torch_rows
+from ses_kernels import rational_coefficients, rational_solver, torch_rows
 
 SOURCE = DRIVERS / "sweep_host.cpp"
 SMALL, MEDIUM, LARGE, HUGE = range(4)  # the kernels; planned by size if none is asked for
@@ -56,7 +56,7 @@ def entropy(library):
 
     def call(gram, center=False, processors=132, method=-1, gradient=True, poles=None):
         assert gram.is_contiguous()
-        c, t, w = poles or partial_fractions.columns(torch.float32, torch.float32)
+        c, t, w = poles or rational_coefficients.columns(torch.float32, torch.float32)
         batch, n = gram.shape[:2]
         h, m = torch.full((batch,), 7.0), torch.full((batch, n, n), 7.0)
         column = ctypes.c_double * len(t)
@@ -112,7 +112,7 @@ class Errors:
 def assert_as_good_as_lapack(outcome, x, gram):
     """Within twice the errors of the same partial fractions by Cholesky, matrix by matrix."""
     errors = Errors(x)
-    ours, lapack = errors(*outcome[:2]), errors(*partial_fractions.entropy(gram, torch.float32))
+    ours, lapack = errors(*outcome[:2]), errors(*rational_solver.entropy(gram, torch.float32))
     for one, other, floor in zip(ours, lapack, (2e-6, 5e-6), strict=True):
         assert all(a <= 2 * b + floor for a, b in zip(one, other, strict=True))
 

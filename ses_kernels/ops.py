@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ses_kernels import crossover, partial_fractions, torch_rows
+from ses_kernels import crossover, rational_coefficients, torch_rows
 
 EXTENSION_MISSING: str | None = None
 try:
@@ -246,7 +246,7 @@ def _rational_cpu(grams, center, dtype, gradient, backend):
     grams = [gram.contiguous() for gram in grams]
     _C.rational_cpu(
         _layers(grams, center, outputs), dtype.itemsize,
-        *partial_fractions.columns(grams[0].dtype, dtype), torch.get_num_threads(),
+        *rational_coefficients.columns(grams[0].dtype, dtype), torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
@@ -264,7 +264,7 @@ def _rational_from_samples_cpu(xs, center, gradient, backend):
     compute = widened(xs[0])
     _C.rational_from_samples_cpu(
         layers, compute.itemsize,
-        *partial_fractions.columns(torch.float64, compute), torch.get_num_threads(),
+        *rational_coefficients.columns(torch.float64, compute), torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
@@ -290,7 +290,7 @@ def _rational_cuda(grams, center, dtype, gradient, backend):
     outputs = _empty_rational(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     layers = _layers(grams, center, outputs)
-    poles = partial_fractions.columns(torch.float32, torch.float32)
+    poles = rational_coefficients.columns(torch.float32, torch.float32)
     device = grams[0].device
     workspace = grams[0].new_empty(_C.rational_cuda_workspace(layers, *poles, device.index))
     stream = torch.cuda.current_stream(device).cuda_stream

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ses_kernels import partial_fractions
+from ses_kernels import rational_solver
 
 _BLOCK = 1 << 18  # elements of x standardised at a time: bounds the temporaries, fits the L2 cache
 _STRIP = 64  # rows of a Gram matrix computed at a time: shorter ones leave BLAS below its speed
@@ -110,7 +110,7 @@ def double_center(m: Tensor) -> Tensor:  # (b, n, n), in place
 def rational(grams, center, dtype, gradient, backend):
     hs, ms = [], []
     for k, centered in zip(grams, center, strict=True):
-        h, m = partial_fractions.entropy(k, dtype)
+        h, m = rational_solver.entropy(k, dtype)
         hs.append(h.to(dtype))
         ms.append((double_center(m) if centered else m).to(dtype))
     return hs + (ms if gradient else [m.new_empty(m.shape[0], 0, 0) for m in ms])

@@ -1,7 +1,7 @@
-"""Derives the table of ses_kernels/rational.py: log x ~ c - sum_j w_j / (x + t_j), t_j, w_j > 0.
+"""Derives POLES of ses_kernels/rational_coefficients.py: log x ~ c - sum_j w_j / (x + t_j).
 
     python tools/rational_coefficients.py            # print the table
-    python tools/rational_coefficients.py --write    # put it into ses_kernels/rational.py
+    python tools/rational_coefficients.py --write    # put it into that file
     python tools/rational_coefficients.py --check    # exit code 1 if it is not what stands there
 
 Less than a minute on one core; every digit of the double precision numbers is compared.
@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 from mpmath import exp, expm1, log, lu_solve, matrix, mp, mpf, nstr, pi, sqrt
 
-TARGET = Path(__file__).parents[1] / "ses_kernels" / "rational.py"
+TARGET = Path(__file__).parents[1] / "ses_kernels" / "rational_coefficients.py"
 DIGITS = 60
 SETS = {  # dtypes of the Gram matrix and of the result: m, a, delta
     ("float32", "float32"): (12, "1/2", "5e-6"),

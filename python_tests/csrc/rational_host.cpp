@@ -177,7 +177,7 @@ void check(const Layer<M>& layer, long b, int spectrum, const ses::Poles& poles)
   double exact = 0;
   if (solvable) ses::eigh_cpu(p.data(), w.data(), v.data(), 1, n, 1);
   for (const double value : w) exact -= value > 0 ? value * std::log(value) : 0;
-  // What the poles leave of an eigenvalue, as stated in rational.py, and rounding
+  // What the poles leave of an eigenvalue, as stated in rational_coefficients.py, and rounding
   const double stated = poles.count == 24 ? 1.44e-12 : 1.8e-15;
   const double tolerance =
       spectrum == kSlightlyIndefinite

@@ -10,10 +10,10 @@ import pytest
 import torch
 from mpmath import mpf
 
-from ses_kernels import rational
+from ses_kernels import rational_coefficients
 from tools import rational_coefficients as tool
 
-SOURCE = Path(rational.__file__)
+SOURCE = Path(rational_coefficients.__file__)
 STATED = re.findall(
     r"# m = (\d+), a = (\S+) on \[(\S+), 1\]: sup \|x\^a e\(x\)\| = (\S+)\n", SOURCE.read_text()
 )
@@ -42,12 +42,12 @@ def alternations(values, least):
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "stated"), list(zip(rational.POLES, STATED, strict=True)), ids=str
+    ("dtypes", "stated"), list(zip(rational_coefficients.POLES, STATED, strict=True)), ids=str
 )
 def test_sets_attain_their_stated_error(dtypes, stated):
     m = int(stated[0])
     a, delta, error = map(mpf, stated[1:])
-    c, poles = rational.POLES[dtypes]
+    c, poles = rational_coefficients.POLES[dtypes]
     t, w = zip(*poles, strict=True)
     assert len(t) == m
     assert t[0] > 0
@@ -97,8 +97,8 @@ def test_remez_refuses_an_interval_beyond_its_poles():
 def test_tool_checks_and_writes_the_table(monkeypatch, tmp_path):
     """On the fastest set; the others are what the first test certifies."""
     dtypes = ("float32", "float32")
-    c, poles = rational.POLES[torch.float32, torch.float32]
-    copy = tmp_path / "rational.py"
+    c, poles = rational_coefficients.POLES[torch.float32, torch.float32]
+    copy = tmp_path / "rational_coefficients.py"
     copy.write_text("import torch\n\nPOLES = {}\n")
     monkeypatch.setattr(tool, "TARGET", copy)
     monkeypatch.setattr(tool, "SETS", {dtypes: tool.SETS[dtypes]})

@@ -7,20 +7,12 @@ one than the derivative of the approximation would be.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from ses_kernels.rational import POLES
-
-
-@functools.cache
-def columns(gram: torch.dtype, result: torch.dtype) -> tuple[float, list[float], list[float]]:
-    """c, all t_j and all w_j."""
-    c, poles = POLES[gram, result]
-    return c, [t for t, _ in poles], [w for _, w in poles]
+from ses_kernels.rational_coefficients import POLES
 
 
 def entropy(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,17 @@ The numbers, correctly rounded, are the output of tools/rational_coefficients.py
 and has the sources.
 """
 
+import functools
+
 import torch
+
+
+@functools.cache
+def columns(gram: torch.dtype, result: torch.dtype) -> tuple[float, list[float], list[float]]:
+    """c, all t_j and all w_j."""
+    c, poles = POLES[gram, result]
+    return c, [t for t, _ in poles], [w for _, w in poles]
+
 
 POLES = {  # dtypes of the Gram matrix, of the result: (c, ((t_1, w_1), ...))
     # m = 12, a = 1/2 on [5e-6, 1]: sup |x^a e(x)| = 4.083e-8
