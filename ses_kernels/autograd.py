@@ -16,7 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ses_kernels import entropy, ops, solvers, torch_rows
-from ses_kernels.context import break_compiled_transforms, is_transformed, without_autocast
+from ses_kernels.context import (
+    bare_apply,
+    break_compiled_transforms,
+    is_transformed,
+    without_autocast,
+)
 from ses_kernels.solvers import Options, by_layer, solve
 
 
@@ -31,8 +36,7 @@ def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l
         return solve(options._replace(gradient=False), *xs)[: len(xs)]  # eigenvalues cost less
     if compiling:
         return SpectralEntropyFunction.apply(options, *xs)
-    # What Function.apply comes to then, without binding arguments to a signature: 13 of 49 us.
-    return super(torch.autograd.Function, SpectralEntropyFunction).apply(options, *xs)
+    return _bare_apply(options, *xs)
 
 
 # For torch.jit.trace, one operation whether or not a gradient is wanted: its check traces again
@@ -87,6 +91,9 @@ class SpectralEntropyFunction(torch.autograd.Function):
             else None
             for i, layer in enumerate(by_layer(saved))
         )
+
+
+_bare_apply = bare_apply(SpectralEntropyFunction)
 
 
 class TransformableFunction(SpectralEntropyFunction):

@@ -14,6 +14,8 @@ from collections import Counter, defaultdict
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ses_kernels.context import CONVOLUTION
+
 _SEQUENCES = (nn.Sequential, nn.ModuleList)
 _CONTAINERS = (*_SEQUENCES, nn.ModuleDict)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -39,7 +41,7 @@ def find(modules: dict[str, nn.Module]) -> list[str]:
 
 def is_map(module: nn.Module) -> bool:
     """Whether it multiplies features by weights: a convolution, linear map or recurrence."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear, *_RECURRENT)):
+    if isinstance(module, (CONVOLUTION, nn.Bilinear, *_RECURRENT)):
         return True
     # Linear, and what stands in for it: quantized, low-rank, transformers' Conv1D (nx -> nf).
     known = isinstance(getattr(module, "out_features", getattr(module, "nf", None)), int)

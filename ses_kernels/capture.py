@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ses_kernels import evidence, layout, options, pooling
+from ses_kernels import context, evidence, layout, options, pooling
 from ses_kernels import layers as _layers
 
 # ---- one layer ----
@@ -286,7 +286,8 @@ class Passes:
             if p is None:
                 return None
             self._parameter = weakref.ref(p)
-        return p._version, None if p.grad is None else (id(p.grad), p.grad._version)
+        gradient = None if p.grad is None else (id(p.grad), context.version(p.grad))
+        return context.version(p), gradient
 
     def _drop_stale(self, stamp: tuple) -> None:
         """Leaves out the passes whose graph a backward pass or a step has made useless."""
@@ -308,11 +309,6 @@ class Passes:
 
 def _holds(outer: str, inner: str) -> bool:
     return not outer or inner.startswith(f"{outer}.")
-
-
-def in_backward() -> bool:
-    """Whether a checkpointed block runs again; Dynamo traces no backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 # ---- hooks ----

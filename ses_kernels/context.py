@@ -1,4 +1,8 @@
-"""What is in force around a call: autocast, and who traces or transforms it."""
+"""What is in force around a call: autocast, who traces or transforms it, the state of its tensors.
+
+The one file with private names of torch, each for what no public name says; test_context.py tries
+all of them on the torch at hand.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,16 @@ from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# What convolutions, and batch and instance norms, have in common; public are the six of each alone,
+# and a subclass of these need not be one of those.
+CONVOLUTION = nn.modules.conv._ConvNd
+BATCH_OR_INSTANCE_NORM = nn.modules.batchnorm._NormBase
 
 
 def without_autocast(method: Callable[P, R]) -> Callable[P, R]:
@@ -33,6 +42,7 @@ def without_autocast(method: Callable[P, R]) -> Callable[P, R]:
 
 def is_transformed(xs: Iterable[Tensor]) -> bool:
     """Whether torch.func or forward mode wants more than a gradient of what becomes of xs."""
+    # torch.func has transforms, and no word on which are active.
     return torch._C._are_functorch_transforms_active() or any(
         unpack_dual(x).tangent is not None for x in xs
     )
@@ -41,4 +51,34 @@ def is_transformed(xs: Iterable[Tensor]) -> bool:
 def break_compiled_transforms() -> None:
     """Inside torch.func Dynamo traces a Function without its jvp and vmap: zeros, unannounced."""
     if torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+        # torch.compiler.disable breaks the graph at a function, whoever calls it.
         torch._dynamo.graph_break(msg="torch.func transforms of spectral_entropy run eagerly")
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x is what torch.vmap maps: its shape, which is all the public names show, is not."""
+    return torch._C._functorch.is_batchedtensor(x)
+
+
+def bare_apply(function: type[torch.autograd.Function]) -> Callable:
+    """What Function.apply comes to outside torch.func.
+
+    That binds the arguments to a signature first, 13 of the 49 us of a small call.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc] # of torch._C
+
+
+def in_backward() -> bool:
+    """Whether a checkpointed block runs again; Dynamo traces no backward pass."""
+    # A hook on every tensor would be the public way to learn of a backward pass.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def version(x: Tensor) -> int:
+    """How often x has changed in place; autograd asks the same of what it saves, and shows none."""
+    return x._version
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b are views of one storage; data_ptr() is 0 in every empty or meta tensor."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata

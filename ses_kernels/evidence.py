@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ses_kernels import context
 from ses_kernels.blocks import is_map
 
 _CHANNELS_FIRST = {  # type -> axes of its output, None for any number
@@ -56,9 +57,9 @@ def _leaf(module: nn.Module) -> Evidence | None:
         of_maps = frozenset() if dims is None else frozenset({dims})
         return Evidence(side, of_maps, frozenset(widths), is_leaf=True, why=type(module).__name__)
 
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, context.CONVOLUTION):
         return leaf("first", module.out_channels, dims=len(module.kernel_size) + 2)
-    if isinstance(module, nn.modules.batchnorm._NormBase):  # batch and instance norm
+    if isinstance(module, context.BATCH_OR_INSTANCE_NORM):
         return leaf("first", module.num_features)
     if isinstance(module, nn.GroupNorm):
         same = type(module).forward is nn.GroupNorm.forward

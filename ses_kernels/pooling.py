@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from ses_kernels import context
 from ses_kernels.layout import Layout
 
 Pool = str | Callable[[Tensor], Tensor]
@@ -136,7 +137,7 @@ def _check(x: Tensor, layer: str) -> None:
         what = f"an empty tensor of shape {tuple(x.shape)}"
     if what is not None:
         raise TypeError(f"{layer}: its output is {what}, which has no spectrum; {advice}")
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+    if not torch.compiler.is_compiling() and context.is_batched(x):
         raise ValueError(
             f"{layer}: it runs under torch.vmap, one sample at a time, and the spectrum is that of "
             "a batch: call the model without vmap for it, or vmap it within disabled()"
@@ -198,13 +199,9 @@ def _by_function(x: Tensor, how: Callable[[Tensor], Tensor], layer: str) -> Tens
         raise ValueError(
             f"{layer}: pool= returned {got} for {tuple(x.shape)}, expected a 2-D tensor"
         )
-    if torch.compiler.is_compiling() or _share_memory(pooled, x):
+    if torch.compiler.is_compiling() or context.share_memory(pooled, x):
         return pooled.clone()
     return pooled
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def _saving_its_own() -> contextlib.AbstractContextManager:
@@ -215,12 +212,14 @@ def _saving_its_own() -> contextlib.AbstractContextManager:
     """
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: (x.detach(), x._version), _unchanged)
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (x.detach(), context.version(x)), _unchanged
+    )
 
 
 def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
     x, version = saved
-    if x._version != version:
+    if context.version(x) != version:
         raise RuntimeError(
             "SESRegularizer: a tensor that pool= saved for its gradient was changed in place "
             "afterwards; let pool= work on a copy, x.clone()"
@@ -257,9 +256,9 @@ def _blocks(x: Tensor) -> Iterator[Tensor]:
 
 def _apply(function: type[torch.autograd.Function], *args: Tensor) -> Tensor:
     """Without binding arguments to a signature, which takes longer than the mean."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or context.is_transformed(()):
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return context.bare_apply(function)(*args)
 
 
 class _MeanOverPositions(torch.autograd.Function):

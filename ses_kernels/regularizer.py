@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ses_kernels import capture, evidence, options, pooling
+from ses_kernels import capture, context, evidence, options, pooling
 from ses_kernels import layers as _layers
 from ses_kernels.functional import spectral_entropies
 from ses_kernels.options import Number, require
@@ -211,14 +211,14 @@ class SESRegularizer:
 
     def _enter(self, name: str, args, kwargs) -> None:
         """The model is called, or a part of it on its own."""
-        if self._measuring and torch.is_grad_enabled() and not capture.in_backward():
+        if self._measuring and torch.is_grad_enabled() and not context.in_backward():
             self._passes.enter(name, args, kwargs)
 
     def _capture(self, key: str, module: nn.Module, args, kwargs, output) -> None:
         if not (self._measuring and module.training and torch.is_grad_enabled()):
             return
         # In the backward pass a checkpointed block runs again, but not for us.
-        if not capture.in_backward():
+        if not context.in_backward():
             layer = self._layers[key]
             around = self._passes.around(layer.name)
             self._passes.add(key, layer.matrix(args, kwargs, output, self._passes.call, around))
