@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ses_kernels import SESRegularizer
-from ses_lab import data, models, optim
+from ses_lab import data, models, optim, shaping
 from ses_lab.augment import AUGMENTATIONS
 from ses_lab.config import ConfigError, RunConfig, Source
 from ses_lab.data import Dataset, Split
@@ -184,13 +184,20 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=config.precision != "fp32")
 
 
-def shaping(
-    config: RunConfig, network: nn.Module, group: torch.distributed.ProcessGroup | None
+def regularizer(
+    config: RunConfig,
+    network: nn.Module,
+    steps: int,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> SESRegularizer | None:
-    """SES on the model, or None; entropies are those of the global batch of ``group``."""
+    """SES on the model, or None; entropies are those of the global batch of ``group``.
+
+    ``steps`` are those of an epoch.
+    """
     if config.regularizer.ses is None:
         return None
-    options = {"layers": network.ses_layers, **config.regularizer.ses}
+    length = shaping.Length(config.epochs, steps)
+    options = shaping.options(config.regularizer.ses, length, network.ses_layers)
     with as_config_error("regularizer.ses"):
         return SESRegularizer(network, process_group=group, **options)
 
@@ -230,7 +237,8 @@ def check(config: RunConfig, dataset: Dataset, regime: Supervised) -> None:
         with as_config_error(f"loss {config.loss.name}"):
             loss(config, dataset)(torch.zeros_like(targets), targets)
         if config.regularizer.ses is not None:
-            with shaping(config, regime.model, None) as ses, as_config_error("regularizer.ses"):
+            ses = regularizer(config, regime.model, steps=1)
+            with ses, as_config_error("regularizer.ses"):
                 regime.model.train()
                 regime.model(images)
                 ses.loss()

@@ -7,6 +7,7 @@
     loss: {name: focal, gamma: 2}
     regime: {name: adversarial, attack: pgd, epsilon: 0.03}
     regularizer: {ses: {beta: 0.7, lambda_ses: 0.01, hook_last_n: 3}, sam: {rho: 0.05}}
+    # terms of SES and schedules of its numbers: see ses_lab.shaping
     augmentation: [crop_flip, {name: mixup, alpha: 0.2}]
     optimizer: {name: sgd, lr: 0.1, momentum: 0.9}
     schedule: {name: cosine, warmup: 0.05}
@@ -58,7 +59,8 @@ from ses_lab.values import parse_choice, parse_value, parse_yaml
 class Regularizer(Strict):
     """Each None or a mapping of options, ``{}`` for the defaults."""
 
-    ses: dict[str, Any] | None = None  # of ses_kernels.SESRegularizer; lambda_ses: 0 only measures
+    # Of ses_kernels.SESRegularizer, by ses_lab.shaping; lambda_ses: 0 only measures.
+    ses: dict[str, Any] | None = None
     spectral_norm: dict[str, Any] | None = None  # of ses_lab.optim.spectral_norm
     sam: dict[str, Any] | None = None  # of ses_lab.optim.SAM
 
@@ -191,7 +193,7 @@ def registries() -> dict[str, Registry]:
     """Kind -> registry, of all that a configuration names."""
     # Imported here: torch takes seconds, which the command line's help should not.
     from ses_kernels import SESRegularizer
-    from ses_lab import augment, data, distill, losses, models, optim, sinks
+    from ses_lab import augment, data, distill, losses, models, optim, shaping, sinks
 
     regimes = {kind.model_fields["name"].default: kind for kind in REGIMES}
     batch = ("images", "targets", "generator")
@@ -207,6 +209,7 @@ def registries() -> dict[str, Registry]:
             {"ses": SESRegularizer, "spectral_norm": optim.spectral_norm, "sam": optim.SAM},
             ("model", "process_group", "optimizer"),
         ),
+        "SES schedule": Registry(shaping.SCHEDULES, shaping.GIVEN),
         "augmentation": Registry(augment.AUGMENTATIONS, batch),
         "optimizer": Registry(optim.OPTIMIZERS, ("params",)),
         "schedule": Registry(
@@ -233,20 +236,27 @@ def _check_registries(config: RunConfig) -> None:
     for name, function in regularizers.entries.items():
         params = getattr(config.regularizer, name) or ()
         check_params(f"regularizer.{name}", function, params, regularizers.given)
+    if config.regularizer.ses is not None:
+        from ses_lab import shaping
+
+        # The data tell how many steps an epoch has; what is wrong is so for any number.
+        shaping.options(config.regularizer.ses, shaping.Length(config.epochs, 1 << 20))
 
 
 # ---- file < environment < flags ----
 
 
-BY_LAYER = ("alpha", "beta")  # of SESRegularizer: a number, or one for each glob of layers
+# Of SESRegularizer: a number, a schedule, or one of these for each glob of layers.
+SCHEDULED = ("alpha", "beta", "lambda_ses")
 
 
 def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``document`` with ``changes``, whose keys may be dotted (``optimizer.lr``).
 
     Mappings merge key by key, and anything else replaces. A change of ``name`` replaces the whole
-    mapping, since parameters belong to what is named. Under :data:`BY_LAYER` a dot is part of the
-    name or glob of a layer: ``regularizer.ses.beta.layer4.*`` is one of four keys.
+    mapping, since parameters belong to what is named; of ``schedule`` too, under :data:`SCHEDULED`.
+    There a dot is part of the name or glob of a layer: ``regularizer.ses.beta.layer4.*`` is one of
+    four keys.
     """
     result = dict(document)
     for dotted, value in changes.items():
@@ -255,11 +265,12 @@ def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         before = result.get(key)
         if isinstance(value, Mapping):
             before = parse_choice(before) if isinstance(before, str) else before
-            if not isinstance(before, Mapping) or value.get(
-                "name", before.get("name")
-            ) != before.get("name"):
+            kind = "schedule" if key in SCHEDULED else "name"
+            if not isinstance(before, Mapping) or value.get(kind, before.get(kind)) != before.get(
+                kind
+            ):
                 before = {}
-            result[key] = {**before, **value} if key in BY_LAYER else merge(before, value)
+            result[key] = {**before, **value} if key in SCHEDULED else merge(before, value)
         else:
             result[key] = value
     return result

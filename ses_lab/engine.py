@@ -142,8 +142,9 @@ class Training:
         self.model = build.model(config, dataset).to(ranks.device)
         self.regime = build.regime(config, dataset, self.model)
         build.check(config, dataset, self.regime)
-        self.ses = build.shaping(config, self.model, ranks.group)
-        self.steps = config.epochs * self.batches * self.regime.replays
+        steps = self.batches * self.regime.replays
+        self.ses = build.regularizer(config, self.model, steps, ranks.group)
+        self.steps = config.epochs * steps
         self.optimizer, self.schedule = build.optimizer(config, self.regime, self.steps)
         sam = config.regularizer.sam
         with build.as_config_error("regularizer.sam"):
@@ -188,7 +189,7 @@ class Training:
             self.generator.manual_seed(seed)
             self.optimizer.zero_grad()
             if self.ses is not None:
-                self.ses.load_state_dict({"step": steps})
+                self.ses.step = steps  # no state of it is in the checkpoint
             with build.autocast(config, self.ranks.device):
                 result = self.module(images, targets, self.generator)
             loss = result["loss"]
@@ -217,7 +218,9 @@ class Training:
         return ((epoch - 1) * self.batches + number) * self.regime.replays
 
     def epoch(self, epoch: int, sinks: Sequence[Sink]) -> dict[str, Any]:
-        """Trains for one epoch; means over its steps, and the entropies of the last measured."""
+        """Trains for one epoch; means over its steps, and of the last that measured ``entropy`` and
+        ``target`` of each layer in nats; the heads of one have an entropy each, ``layer/0``.
+        """
         self.regime.train()
         self.regime.begin_epoch()
         totals: dict[str, Tensor] = {}
@@ -231,9 +234,12 @@ class Training:
         means = (sums / (self.ranks.world * self.batches * self.regime.replays)).tolist()
         first, end = self._before(epoch, 0), self._before(epoch + 1, 0)
         every = (self.config.regularizer.ses or {}).get("every_k", 1)
-        measured = self.ses is not None and -(-first // every) * every < end  # in this epoch
         row = {f"train_{name}": mean for name, mean in zip(totals, means, strict=True)}
-        return {**row, "entropy": self.ses.entropies} if measured else row
+        last = (end - 1) // every * every  # step that measured
+        if self.ses is None or last < first:
+            return row
+        self.ses.step = last  # of the targets, which may be schedules
+        return {**row, "entropy": self.ses.flat_entropies(), "target": self.ses.targets}
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, Any]:

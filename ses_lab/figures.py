@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ses_lab.experiments import Experiment
+from ses_lab.experiments import Experiment, layer_of
 from ses_lab.folder import RunFolder
 from ses_lab.results import Results, table
 
@@ -204,14 +204,13 @@ def _dynamics(results: Results) -> Figure:
     for panel, variant in zip(panels, variants, strict=False):
         runs = [RunFolder(paths[variant, seed]) for seed in probed[variant]]
         histories = [[row["entropy"] for row in run.rows()] for run in runs]
-        numbers = results.runs[variant][probed[variant][0]]
         for i, layer in enumerate(histories[0][-1]):
             values = np.array([[row[layer] for row in history] for history in histories])
             epochs, color = range(1, values.shape[1] + 1), f"C{i % 10}"
             panel.plot(epochs, values.mean(0), color=color, label=layer)
             panel.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.2)
-            target = numbers[f"entropy.target.{layer}"]
-            panel.axhline(target, color=color, linestyle="--", linewidth=1)
+            targets = [row["target"][layer_of(layer)] for row in runs[0].rows()]
+            panel.plot(epochs, targets, color=color, linestyle="--", linewidth=1)
         panel.set(title=variant, xlabel="epoch", ylabel="spectral entropy, nats")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", fontsize="x-small")

@@ -183,7 +183,7 @@ class MaskedImageModelling(Supervised):
 class Multitask(MaskedImageModelling):
     """loss(labels) + weight * masked pixels, on the same images.
 
-    The clean pass comes second: it is the one whose features SES shapes.
+    SES shapes the features of both passes: a layer counts as the mean of the two.
     """
 
     idle_parameters = False

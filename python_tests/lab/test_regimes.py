@@ -255,8 +255,7 @@ def test_ses_shapes_every_regime(regime, pretrained, tmp_path):
     assert not torch.equal(*weights)
     assert "entropy" not in row
     with_ses = config.parse_yaml((tmp_path / "0" / "metrics.jsonl").read_text())
-    layers = {"blocks.0", "blocks.1"}
-    assert with_ses["entropy"].keys() == layers
+    assert with_ses["entropy"].keys() == {"blocks.0", "blocks.1"}
     assert with_ses["train_penalty"] > 0
 
 

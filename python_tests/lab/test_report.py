@@ -204,13 +204,14 @@ def test_dynamics_has_targets(folder, tmp_path):
             run = RunFolder(path)
             (run / "metrics.jsonl").unlink()
             for epoch in (1, 2):
-                run.append({"epoch": epoch, "entropy": {"fc": epoch + config.seed}})
-            runs["k=1"][config.seed] |= {"entropy.distance": 1, "entropy.target.fc": 2.5}
+                entropy = {"fc:heads/0": epoch + config.seed}
+                run.append({"epoch": epoch, "entropy": entropy, "target": {"fc:heads": 2 + epoch}})
+            runs["k=1"][config.seed] |= {"entropy.distance": 1}
     drawn = figures.draw(results._replace(experiment=experiment, runs=runs))["dynamics"]
     (panel,) = drawn.axes
     mean, target = panel.lines
     np.testing.assert_allclose(mean.get_ydata(), [2, 3])  # over seeds 0, 1, 2
-    np.testing.assert_allclose(target.get_ydata(), 2.5)
+    np.testing.assert_allclose(target.get_ydata(), [3, 4])
     assert panel.get_title() == "k=1"
 
 

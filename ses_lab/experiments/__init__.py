@@ -292,29 +292,28 @@ def _means(model, layers: str) -> dict[str, float]:
 def entropy_targets(folder: str | os.PathLike) -> dict[str, float]:
     """``target.<layer>``, beta log d in nats, of a run with SES; ``distance``: mean |H - target|.
 
-    H is that of the last training step that measured.
+    Both of the last training step that measured.
     """
-    from ses_lab import build
-
-    run = RunFolder(folder)
-    config = run.config()
-    if config.regularizer.ses is None:
-        raise ConfigError(
-            f"probes.entropy: {folder} has no regularizer.ses (lambda_ses: 0 measures)"
-        )
-    model = build.trained(folder, "last").train()
-    images = build.pixels(build.dataset(config)[0].test.images[:8])
-    with warnings.catch_warnings(), build.shaping(config, model, None) as ses:
-        warnings.simplefilter("ignore")  # 8 samples tell the widths, not the entropies
-        model(images)
-        ses.loss()
-        targets = ses.targets
-    entropies = run.rows()[-1]["entropy"]
-    distances = [abs(entropies[layer] - target) for layer, target in targets.items()]
+    row = _last_with("entropy", folder)
+    targets = row["target"]
+    distances = [abs(h - targets[layer_of(name)]) for name, h in row["entropy"].items()]
     return {
         **{f"target.{layer}": target for layer, target in targets.items()},
         "distance": float(np.mean(distances)),
     }
+
+
+def layer_of(name: str) -> str:
+    """The layer of an entropy: of a head, ``blocks.0.attn:heads/3``, the one that has it."""
+    return name.partition("/")[0]
+
+
+def _last_with(key: str, folder: str | os.PathLike) -> dict[str, Any]:
+    """The last epoch of a run that has ``key``."""
+    for row in reversed(RunFolder(folder).rows()):
+        if key in row:
+            return row
+    raise ConfigError(f"probes.{key}: {folder} has no regularizer.ses (lambda_ses: 0 measures)")
 
 
 # Probes that ask for more than a model and samples: functions of the folder.
