@@ -89,6 +89,8 @@ class RunConfig(Strict):
     teacher: Source | None = None
     method: str = Field("", pattern=r"^[\w.=+-]*$")  # name of the variant; "": made from the above
     spectra_every: int | None = Field(None, ge=1)  # epochs; None: of the weights at the end only
+    # Held-out samples whose effective ranks are taken after each epoch, in the layers of ses.
+    rank_samples: int | None = Field(None, ge=2)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...; does not name a run, nor do sinks
     sinks: tuple[Choice, ...] = ()
 
@@ -120,6 +122,8 @@ class RunConfig(Strict):
             self.regularizer.sam is not None or getattr(self.regime, "attack", "") == "free"
         ):
             raise ValueError("precision fp16 has no SAM and no free adversarial steps: take bf16")
+        if self.rank_samples is not None and self.regularizer.ses is None:
+            raise ValueError("rank_samples needs regularizer.ses; lambda_ses: 0 only measures")
         _check_registries(self)
         return self
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ses_lab import build, optim
+from ses_lab import build, optim, rank
 from ses_lab.augment import AUGMENTATIONS
 from ses_lab.config import ConfigError, RunConfig
 from ses_lab.data import Split
@@ -257,6 +257,22 @@ class Training:
             dist.all_gather_object(shares, (logits, labels), self.ranks.group)
             logits, labels = (torch.cat(parts) for parts in zip(*shares, strict=True))
         return figures(dict(zip(totals, means, strict=True)), logits, labels, self.names)
+
+    def effective_ranks(self, epoch: int) -> dict[str, dict[str, float]]:
+        """:func:`ses_lab.rank.ranks` after an epoch, on samples that are the same in all runs.
+
+        Of the validation set, or else of the test set. Of one rank: it asks nothing of the others.
+        """
+        split = self.test if self.validation is None else self.validation
+        generator = torch.Generator().manual_seed(build.seed_of("ranks"))
+        order = torch.randperm(len(split.labels), generator=generator)
+        chosen = order[: self.config.rank_samples].to(split.images.device)
+        images = build.pixels(split.images[chosen], self.ranks.device)
+        self.regime.eval()
+        first, end = self._before(epoch, 0), self._before(epoch + 1, 0)
+        probe = build.regularizer(self.config, self.model, end - first)
+        with probe, self.ses.disabled(), build.autocast(self.config, self.ranks.device):
+            return rank.ranks(probe, self.model, images, end - 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ from ses_lab.results import Results, table
 
 
 def draw(results: Results) -> dict[str, Figure]:
-    """By kind: measures; curves, corruption where there are any; dynamics, pareto where asked."""
+    """By kind: measures; curves, corruption where there are; dynamics, ranks, pareto if asked."""
     experiment = results.experiment
     drawn = {"measures": _measures(results)}
     if curves := _histories(results):
@@ -23,7 +23,9 @@ def draw(results: Results) -> dict[str, Figure]:
     if names := _corruptions(results):
         drawn["corruption"] = _bars(results, names)
     if "entropy" in experiment.probes:
-        drawn["dynamics"] = _dynamics(results)
+        drawn["dynamics"] = _by_layer(results, "entropy.distance", _ENTROPIES)
+    if "rank" in experiment.probes:
+        drawn["ranks"] = _by_layer(results, "rank.ratio", _RANKS)
     if experiment.pareto:
         drawn["pareto"] = _pareto(results)
     return drawn
@@ -193,25 +195,43 @@ def _pareto(results: Results) -> Figure:
     return figure
 
 
-def _dynamics(results: Results) -> Figure:
-    """Entropy of every hooked layer against epochs, its range over seeds shaded; dashed: target."""
+# Key of a row of metrics -> label of its axis, and what a layer of that row should be at.
+_ENTROPIES = {
+    "entropy": ("spectral entropy, nats", lambda row, layer: row["target"][layer_of(layer)])
+}
+_RANKS = {
+    "rank": ("effective rank", lambda row, layer: row["rank"][layer] / row["rank_ratio"][layer]),
+    "rank_ratio": ("effective rank / d^beta", lambda row, layer: 1.0),
+}
+
+
+def _by_layer(results: Results, measure: str, kinds: Mapping[str, tuple[str, Any]]) -> Figure:
+    """Every hooked layer against epochs, its range over seeds shaded; dashed: target.
+
+    A column for each variant whose runs have ``measure``, a line of panels for each of ``kinds``.
+    """
     configs = results.experiment.runs(results.root)
     paths = {(config.method, config.seed): path for path, config in configs.items()}
-    probed = {v: [*results.values(v, "entropy.distance")] for v in results.runs}
+    probed = {v: [*results.values(v, measure)] for v in results.runs}
     variants = [variant for variant, seeds in probed.items() if seeds]
-    figure = Figure(figsize=(5 * max(1, len(variants)), 4), layout="constrained")
-    panels = figure.subplots(1, max(1, len(variants)), squeeze=False, sharey=True)[0]
-    for panel, variant in zip(panels, variants, strict=False):
-        runs = [RunFolder(paths[variant, seed]) for seed in probed[variant]]
-        histories = [[row["entropy"] for row in run.rows()] for run in runs]
-        for i, layer in enumerate(histories[0][-1]):
-            values = np.array([[row[layer] for row in history] for history in histories])
-            epochs, color = range(1, values.shape[1] + 1), f"C{i % 10}"
-            panel.plot(epochs, values.mean(0), color=color, label=layer)
-            panel.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.2)
-            targets = [row["target"][layer_of(layer)] for row in runs[0].rows()]
-            panel.plot(epochs, targets, color=color, linestyle="--", linewidth=1)
-        panel.set(title=variant, xlabel="epoch", ylabel="spectral entropy, nats")
-    handles = panels[0].get_legend_handles_labels()
+    columns = max(1, len(variants))
+    figure = Figure(figsize=(5 * columns, 4 * len(kinds)), layout="constrained")
+    grid = figure.subplots(len(kinds), columns, squeeze=False, sharey="row")
+    for line, (key, (label, goal)) in zip(grid, kinds.items(), strict=True):
+        for panel, variant in zip(line, variants, strict=False):
+            runs = [RunFolder(paths[variant, seed]).rows() for seed in probed[variant]]
+            _draw_layers(panel, runs, key, goal)
+            panel.set(title=variant, xlabel="epoch", ylabel=label)
+    handles = grid[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", fontsize="x-small")
     return figure
+
+
+def _draw_layers(panel: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], key: str, goal) -> None:
+    for i, layer in enumerate(runs[0][-1][key]):
+        values = np.array([[row[key][layer] for row in rows] for rows in runs])
+        epochs, color = range(1, values.shape[1] + 1), f"C{i % 10}"
+        panel.plot(epochs, values.mean(0), color=color, label=layer)
+        panel.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.2)
+        targets = [goal(row, layer) for row in runs[0]]
+        panel.plot(epochs, targets, color=color, linestyle="--", linewidth=1)

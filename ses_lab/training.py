@@ -147,6 +147,8 @@ def _train(
             if training.validation is not None:
                 held_out = training.evaluate(training.validation)
                 row |= {f"val_{k}": v for k, v in held_out.items()}
+            if config.rank_samples is not None and here.main:
+                row |= training.effective_ranks(epoch)
             rows.append(row)
             best = _best(training, row, best)
             if here.main:
@@ -195,7 +197,7 @@ def _commit(
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Losses, accuracy where there is one, and entropies where they were taken, against epochs.
+    """Losses, and what else was taken: accuracy, entropies, effective ranks; against epochs.
 
     The loss that is minimised has a panel of its own: the others need not be the same function.
     """
@@ -210,11 +212,13 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
         for kind, found in kinds.items()
         if found
     }
-    layers = sorted({layer for row in rows for layer in row.get("entropy", {})})
-    if layers:
-        drawn["spectral entropy, nats"] = {
-            layer: [row.get("entropy", {}).get(layer, math.nan) for row in rows] for layer in layers
-        }
+    kinds = {"entropy": "spectral entropy, nats", "rank": "effective rank",
+             "rank_ratio": "effective rank / d^beta"}  # fmt: skip
+    for key, kind in kinds.items():
+        if layers := sorted({layer for row in rows for layer in row.get(key, {})}):
+            drawn[kind] = {
+                layer: [row.get(key, {}).get(layer, math.nan) for row in rows] for layer in layers
+            }
     count, epochs = len(drawn), [row["epoch"] for row in rows]
     figure = Figure(figsize=(4 * count, 3))  # a layout engine would draw everything twice
     figure.subplots_adjust(0.2 / count, 0.18, 1 - 0.05 / count, 0.95, 0.3)

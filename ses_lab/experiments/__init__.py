@@ -308,13 +308,37 @@ def layer_of(name: str) -> str:
     return name.partition("/")[0]
 
 
+def rank_dynamics(folder: str | os.PathLike) -> dict[str, float]:
+    """Of the effective ranks that a run with ``rank_samples`` took after its last epoch.
+
+    ``ratio``: mean over the layers of rank / d^beta; ``spread``: the largest rank over the least;
+    ``mean``, and each ``layer.<layer>``: ranks; ``first_ratio``: ``ratio`` after the first epoch.
+    """
+    last = _last_with("rank", folder)
+    ranks = last["rank"]
+    first = RunFolder(folder).rows()[0]
+    return {
+        **{f"layer.{layer}": rank for layer, rank in ranks.items()},
+        "mean": float(np.mean([*ranks.values()])),
+        "spread": max(ranks.values()) / min(ranks.values()),
+        "ratio": float(np.mean([*last["rank_ratio"].values()])),
+        "first_ratio": float(np.mean([*first["rank_ratio"].values()])),
+    }
+
+
+_KEPT_BY = {
+    "entropy": "regularizer.ses (lambda_ses: 0 measures)",
+    "rank": "rank_samples",
+}
+
+
 def _last_with(key: str, folder: str | os.PathLike) -> dict[str, Any]:
     """The last epoch of a run that has ``key``."""
     for row in reversed(RunFolder(folder).rows()):
         if key in row:
             return row
-    raise ConfigError(f"probes.{key}: {folder} has no regularizer.ses (lambda_ses: 0 measures)")
+    raise ConfigError(f"probes.{key}: {folder} has no {_KEPT_BY[key]}")
 
 
 # Probes that ask for more than a model and samples: functions of the folder.
-OF_RUNS = {"spectra": weight_spectra, "entropy": entropy_targets}
+OF_RUNS = {"spectra": weight_spectra, "entropy": entropy_targets, "rank": rank_dynamics}
