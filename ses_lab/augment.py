@@ -79,22 +79,91 @@ def color_jitter(
     brightness: float = 0.1,
     contrast: float = 0.1,
     saturation: float = 0.1,
+    hue: float = 0.0,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Each image's brightness, contrast and saturation times 1 +- at most so much.
 
-    In an order that is drawn for the batch. As torchvision's ``ColorJitter`` without hue.
+    ``hue`` is turned by at most so many turns either way, where there are three channels;
+    ``share``: the probability of an image to be changed at all. In an order that is drawn for the
+    batch. As torchvision's ``ColorJitter``.
     """
     _require_images("color_jitter", images)
-    kinds = [
-        (brightness, torch.zeros_like),
-        (contrast, lambda x: grey(x).mean((2, 3), keepdim=True)),
-        (saturation, grey),
+    kinds: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda x, u: blend(x, torch.zeros_like(x), 1 + brightness * u),
+        lambda x, u: blend(x, grey(x).mean((2, 3), keepdim=True), 1 + contrast * u),
+        lambda x, u: blend(x, grey(x), 1 + saturation * u),
     ]
-    for i in torch.randperm(3, generator=generator, device=generator.device).tolist():
-        most, other = kinds[i]
-        factor = 1 + most * (2 * _uniform(generator, (len(images),), images.device) - 1)
-        images = blend(images, other(images), factor)
-    return images, targets
+    if hue and images.shape[1] == 3:
+        kinds.append(lambda x, u: turn_hue(x, hue * u))
+    jittered = images
+    order = torch.randperm(len(kinds), generator=generator, device=generator.device)
+    for i in order.tolist():
+        jittered = kinds[i](jittered, 2 * _uniform(generator, (len(images),), images.device) - 1)
+    return _some(generator, share, jittered, images), targets
+
+
+def turn_hue(x: Tensor, turns: Tensor) -> Tensor:  # (N, 3, H, W) in [0, 1], (N,)
+    """Through hue, value and chroma, as :mod:`colorsys` defines the first two."""
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)  # (N, H, W)
+    red, green, blue = x.unbind(1)
+    safe = torch.where(chroma > 0, chroma, 1)
+    sixths = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    sixths = sixths + 6 * turns[:, None, None]
+    # A channel falls by the chroma over one sixth of the circle, stays for two, and rises again.
+    k = x.new_tensor([5, 3, 1])[:, None, None]
+    t = (k + sixths[:, None]) % 6  # (N, 3, H, W)
+    return value[:, None] - chroma[:, None] * torch.minimum(t, 4 - t).clamp(0, 1)
+
+
+def random_grey(
+    images: Tensor, targets: Tensor, generator: Generator, *, share: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Each image without its colours, with probability ``share``."""
+    _require_images("random_grey", images)
+    return _some(generator, share, grey(images).expand_as(images), images), targets
+
+
+def random_resized_crop(
+    images: Tensor,
+    targets: Tensor,
+    generator: Generator,
+    *,
+    least: float = 0.2,
+    most: float = 1.0,
+    ratio: float = 4 / 3,
+) -> tuple[Tensor, Tensor]:
+    """A crop of its own for each image, ``least`` to ``most`` of its area, at its size again.
+
+    Width over height of a crop, as shares of the image's, is up to ``ratio`` either way; a side is
+    cut to the image's where it would be longer, in the place of torchvision's
+    ``RandomResizedCrop`` drawing again. Bilinear.
+    """
+    _require_images("random_resized_crop", images)
+    if not 0 < least <= most <= 1 or ratio < 1:
+        raise ValueError(
+            f"need 0 < least <= most <= 1 and ratio >= 1, got {least}, {most} and {ratio}"
+        )
+    n, device = len(images), images.device
+    area = least + (most - least) * _uniform(generator, (n,), device)
+    shape = ratio ** (2 * _uniform(generator, (n,), device) - 1)
+    sides = torch.stack([(area * shape).sqrt(), (area / shape).sqrt()], 1).clamp(max=1)  # x, y
+    centres = (1 - sides) * (2 * _uniform(generator, (n, 2), device) - 1)  # in [-1, 1]
+    matrix = torch.cat([torch.diag_embed(sides), centres[:, :, None]], 2)  # (N, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False), targets
+
+
+def _some(generator: Generator, share: float, changed: Tensor, images: Tensor) -> Tensor:
+    """Images of ``changed`` with probability ``share``; 1 draws nothing."""
+    if share == 1:
+        return changed
+    chosen = _uniform(generator, (len(images), 1, 1, 1), images.device) < share
+    return torch.where(chosen, changed, images)
 
 
 def _require_images(name: str, images: Tensor) -> None:
@@ -126,5 +195,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "mixup": mixup,
     "cutmix": cutmix,
     "color_jitter": color_jitter,
+    "random_grey": random_grey,
+    "random_resized_crop": random_resized_crop,
     "randaugment": randaugment,
 }

@@ -17,7 +17,7 @@
 Wherever something is chosen by name, a bare name stands for ``{name: ...}`` and the other keys of
 the mapping are its parameters, checked against the signature of what the name stands for. Names
 are the keys of the registries (``DATASETS``, ``MODELS``, ``LOSSES``, ``AUGMENTATIONS``,
-``DISTILLERS``).
+``DISTILLERS``, ``OBJECTIVES``).
 
 ``vit_tiny:depth=4,patch=2`` is the same in one word, for flags and for ``ses-lab probe``.
 
@@ -168,7 +168,8 @@ class RunConfig(Strict):
 
     def _method(self) -> str:
         regime = self.regime
-        detail = {"distill": lambda: regime.distiller.slug, "adversarial": lambda: regime.attack}
+        detail = {"distill": lambda: regime.distiller.slug, "adversarial": lambda: regime.attack,
+                  "two_views": lambda: regime.objective.slug}  # fmt: skip
         parts = [detail.get(regime.name, lambda: regime.name)()]
         parts += [
             k for k in ("ses", "spectral_norm", "sam") if getattr(self.regularizer, k) is not None
@@ -197,7 +198,7 @@ def registries() -> dict[str, Registry]:
     """Kind -> registry, of all that a configuration names."""
     # Imported here: torch takes seconds, which the command line's help should not.
     from ses_kernels import SESRegularizer
-    from ses_lab import augment, data, distill, losses, models, optim, shaping, sinks
+    from ses_lab import augment, data, distill, losses, models, optim, shaping, sinks, twoviews
 
     regimes = {kind.model_fields["name"].default: kind for kind in REGIMES}
     batch = ("images", "targets", "generator")
@@ -209,6 +210,7 @@ def registries() -> dict[str, Registry]:
         "loss": Registry(losses.LOSSES, ("logits", "targets")),
         "regime": Registry(regimes, ("name",)),
         "distiller": Registry(distill.DISTILLERS, ("student", "teacher")),
+        "objective": Registry(twoviews.OBJECTIVES, ("a", "b")),
         "regularizer": Registry(
             {"ses": SESRegularizer, "spectral_norm": optim.spectral_norm, "sam": optim.SAM},
             ("model", "process_group", "optimizer"),
@@ -233,6 +235,9 @@ def _check_registries(config: RunConfig) -> None:
     chosen += [("augmentation", choice) for choice in config.augmentation]
     if config.regime.name == "distill":
         chosen.append(("distiller", config.regime.distiller))
+    if config.regime.name == "two_views":
+        chosen.append(("objective", config.regime.objective))
+        chosen += [("augmentation", choice) for choice in config.regime.views]
     chosen += [("sink", choice) for choice in config.sinks]
     for kind, choice in chosen:
         known[kind].check(kind, choice)

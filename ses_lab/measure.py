@@ -23,10 +23,11 @@ def evaluate(folder: str | os.PathLike, weights: str = "last") -> dict[str, Any]
     config = folder.config()
     dataset, validation = build.dataset(config)
     # How a network was trained only matters where that is what is evaluated.
-    kind = REGIMES[config.regime.name if config.regime.name == "mim" else "supervised"]
+    pretext = config.regime.name in ("mim", "two_views")
+    kind = REGIMES[config.regime.name if pretext else "supervised"]
     example = build.pixels(dataset.train.images[:8])
     regime = kind(config.regime, build.trained(folder.path, weights), None, example)
-    if config.regime.name == "mim":
+    if pretext:
         build.load_weights(regime, build.load(folder, weights))
     device = engine.device_of(config)
     regime.to(device)

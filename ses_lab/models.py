@@ -45,6 +45,19 @@ def outputs(model: nn.Module, x: Tensor) -> Outputs:
     return Outputs(logits, [found[name] for name in root.stages])
 
 
+def classified(model: nn.Module, x: Tensor) -> Tensor:
+    """(N, D) inputs of the classifier of ``model(x)``, a model of :func:`build`, bare."""
+    found: list[Tensor] = []
+    handle = model.get_submodule(model.classifier).register_forward_pre_hook(
+        lambda module, inputs: found.append(inputs[0])
+    )
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    return found[0]
+
+
 def _keep(found: dict[str, Tensor], name: str, module: nn.Module, inputs, output) -> None:
     found[name] = output if isinstance(output, Tensor) else output[0]
 

@@ -114,6 +114,27 @@ class Distill(Strict):
     a: float = Field(0.5, ge=0, le=1)
 
 
-REGIMES = (Supervised, MaskedImageModelling, Finetune, Multitask, Adversarial, Distill)
+class TwoViews(Strict):
+    """An ``objective`` of two augmented views of each image, without labels.
+
+    ``views`` are augmentations, drawn anew for either view. ``projection`` is the width of what
+    the objective takes: of a linear layer as wide as the classifier's input, a batch norm, a ReLU
+    and another linear layer, behind the classifier's input.
+    """
+
+    name: Literal["two_views"] = "two_views"
+    objective: Choice = Choice(name="simclr")
+    projection: int = Field(128, ge=1)
+    views: tuple[Choice, ...] = (
+        Choice(name="random_resized_crop"),
+        Choice(name="crop_flip", padding=0),
+        Choice(
+            name="color_jitter", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, share=0.8
+        ),
+        Choice(name="random_grey"),
+    )
+
+
+REGIMES = (Supervised, MaskedImageModelling, Finetune, Multitask, Adversarial, Distill, TwoViews)
 REGIME_NAMES = tuple(regime.model_fields["name"].default for regime in REGIMES)
 Regime = Annotated[Union[REGIMES], Field(discriminator="name")]  # noqa: UP007

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ses_lab import options as chosen
+from ses_lab.augment import AUGMENTATIONS
 from ses_lab.distill import DISTILLERS, as_map
-from ses_lab.models import Outputs, outputs
+from ses_lab.models import Outputs, classified, outputs
 from ses_lab.names import ConfigError, lookup
 from ses_lab.probes.attacks import attack
+from ses_lab.twoviews import OBJECTIVES
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -197,6 +200,52 @@ class Multitask(MaskedImageModelling):
     evaluate = Supervised.evaluate
 
 
+class TwoViews(Supervised):
+    """Pre-training without labels; evaluated by the same loss, on views that do not change.
+
+    Both views go through the network as one batch of 2 N, which is what batch norms and SES see.
+    Under torchrun the objective is that of each rank's share of the batch.
+    """
+
+    idle_parameters = True  # those of the classifier
+
+    def __init__(
+        self, options: chosen.TwoViews, model: nn.Module, loss: Loss, example: Tensor,
+        teacher: None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(options, model, loss, example)
+        if example.dim() != 4:
+            raise ConfigError(
+                "two views are crops and colours of images, and this dataset has inputs of shape "
+                f"{tuple(example.shape[1:])}"
+            )
+        width = model.get_submodule(model.classifier).in_features
+        self.projector = nn.Sequential(
+            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(),
+            nn.Linear(width, options.projection),
+        )  # fmt: skip
+        objective = lookup("objective", OBJECTIVES, options.objective.name)
+        self._objective = partial(objective, **options.objective.params)
+        self._objective(*torch.eye(4).split(2))  # what it refuses, it refuses now
+
+    def forward(self, images: Tensor, targets: Tensor, generator: Generator) -> dict[str, Tensor]:
+        views = torch.cat([self._view(images, targets, generator) for _ in range(2)])
+        a, b = self.projector(classified(self.model, views)).chunk(2)
+        with torch.autocast(images.device.type, enabled=False):
+            return {"loss": self._objective(a, b)}
+
+    def _view(self, images: Tensor, targets: Tensor, generator: Generator) -> Tensor:
+        for choice in self.options.views:
+            images, targets = AUGMENTATIONS[choice.name](
+                images, targets, generator, **choice.params
+            )
+        return images
+
+    def evaluate(self, images: Tensor, labels: Tensor, generator: Generator) -> dict[str, Tensor]:
+        targets = F.one_hot(labels, int(labels.max()) + 1).float()
+        return self(images, targets, generator)
+
+
 class Adversarial(Supervised):
     """The loss of the labels at x + delta, |delta|_inf <= epsilon; images stay in [0, 1].
 
@@ -292,4 +341,5 @@ REGIMES: dict[str, type[Supervised]] = {
     "multitask": Multitask,
     "adversarial": Adversarial,
     "distill": Distill,
+    "two_views": TwoViews,
 }

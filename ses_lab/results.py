@@ -16,7 +16,7 @@ from ses_lab.experiments import Experiment
 from ses_lab.folder import RunFolder
 
 # Shares in the run folders, percent here and in the papers.
-_SHARES = ("corruption.", "fgsm.", "pgd.")
+_SHARES = ("corruption.", "fgsm.", "pgd.", "linear.", "knn.")
 
 BySeed = dict[int, float]
 

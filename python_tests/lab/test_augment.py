@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import colorsys
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from PIL import Image, ImageEnhance
 
-from ses_lab.augment import AUGMENTATIONS
+from ses_lab.augment import AUGMENTATIONS, turn_hue
 
 N, C, H, W, K = 12, 3, 8, 6, 5
 
@@ -141,3 +143,51 @@ def test_points():
     for name in ("crop_flip", "cutmix"):
         with pytest.raises(ValueError, match=rf"{name} takes images.* got shape \(12, 2\)"):
             apply(name, points, targets)
+
+
+def test_hue_is_that_of_colorsys():
+    images = torch.rand(40, 3, 1, 1)
+    images[0] = 0.3  # no hue
+    turns = torch.rand(40) - 0.5
+    out = turn_hue(images, turns)[:, :, 0, 0]
+    for x, turn, found in zip(images[:, :, 0, 0].tolist(), turns.tolist(), out, strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*x)
+        expected = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_share_of_the_images_loses_its_colours():
+    images, targets = batch(4000)
+    out, _ = apply("random_grey", images, targets, share=0.3)
+    lost = (out == out[:, :1]).flatten(1).all(1)
+    assert torch.equal(out[~lost], images[~lost])
+    assert abs(lost.float().mean() - 0.3) < 0.03
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    torch.testing.assert_close(out[lost][:, 0], (images[lost] * weights).sum(1))
+    jittered, _ = apply("color_jitter", images / 2, targets, brightness=0.4, hue=0.1, share=0.8)
+    changed = (jittered != images / 2).flatten(1).any(1)
+    assert abs(changed.float().mean() - 0.8) < 0.03
+
+
+def test_resized_crops_are_boxes_of_the_area_asked_for():
+    """Images of their own coordinates tell where each crop lies, away from its border."""
+    n, size = 500, 32
+    axis = ((torch.arange(size) + 0.5) / size).expand(n, 1, size, size)
+    images = torch.cat([axis, axis.mT], 1)
+    out, _ = apply("random_resized_crop", images, torch.zeros(n, K), least=0.3, most=0.6)
+    middle = slice(size // 4, -size // 4)
+    x, y = out[:, 0, middle, middle], out[:, 1, middle, middle]
+    width, height = x[:, 0, 1] - x[:, 0, 0], y[:, 1, 0] - y[:, 0, 0]  # of a pixel
+    area = width * height * size**2
+    assert 0.3 - 1e-4 <= area.min() < 0.32 < 0.58 < area.max() <= 0.6 + 1e-4
+    ratio = width / height
+    assert 0.75 - 1e-3 <= ratio.min() < 0.8 < 1.25 < ratio.max() <= 4 / 3 + 1e-3
+    steps = x.diff(dim=2)
+    torch.testing.assert_close(steps, width[:, None, None].expand_as(steps), rtol=0, atol=1e-5)
+    centre = x.mean((1, 2))
+    assert centre.min() < 0.4 < 0.6 < centre.max()
+    assert ((centre - width * size / 2 > -1e-4) & (centre + width * size / 2 < 1 + 1e-4)).all()
+    whole, _ = apply("random_resized_crop", images, torch.zeros(n, K), least=1.0, ratio=1.0)
+    torch.testing.assert_close(whole, images)
+    with pytest.raises(ValueError, match="need 0 < least <= most <= 1"):
+        apply("random_resized_crop", images, torch.zeros(n, K), least=0.0)

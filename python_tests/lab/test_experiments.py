@@ -20,7 +20,7 @@ PAPER = {
     "dynamics", "beta", "corruption", "toy_jacobian", "cifar10_seeds", "cifar100_seeds", "lambda",
     "spectral_norm", "layers", "periodic", "tiny_imagenet", "mixup_cutmix", "wide_resnet",
     "vit", "vit_augmentation", "vit_beta", "vit_layers", "beta_schedules", "targets",
-    "rank_dynamics",
+    "rank_dynamics", "two_views",
 }  # fmt: skip
 TOY = {
     "title": "Toy",

@@ -9,10 +9,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
           "data.subset", "data.download", "data.bundled", "data.archives", "data",
           "data.__main__", "losses", "metrics", "randaugment", "augment", "optim", "distill",
-          "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
+          "twoviews", "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
           "probes.representation", "probes", "weights", "spectra", "sinks", "rank", "shaping",
-          "config", "folder", "regimes", "build", "engine", "training", "measure", "experiments",
-          "catalogue", "results", "figures", "document", "report", "launch", "cli",
+          "config", "folder", "regimes", "build", "engine", "training", "measure", "transfer",
+          "experiments", "catalogue", "results", "figures", "document", "report", "launch", "cli",
           "__main__"]  # fmt: skip
 
 

@@ -239,6 +239,7 @@ def pretrained(tmp_path_factory):
         {"name": "adversarial", "steps": 2},
         {"name": "adversarial", "steps": 2, "attack": "free"},
         {"name": "distill", "distiller": "rkd"},
+        {"name": "two_views", "objective": "vicreg"},
     ],
     ids=lambda regime: "-".join(map(str, regime.values())),
 )

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +151,7 @@ def probes() -> Registry:
     """What a study can measure of a trained run."""
     from ses_lab.probes import GIVEN, PROBES
 
-    return Registry({**PROBES, **OF_RUNS}, (*GIVEN, "folder"))
+    return Registry({**PROBES, **of_runs()}, (*GIVEN, "folder"))
 
 
 def names() -> tuple[str, ...]:
@@ -228,7 +228,7 @@ def run(
 
     Raises as :func:`load`, and OtherRunError where the folder holds runs of another configuration.
     """
-    from ses_lab import measure, training
+    from ses_lab import build, measure, training
     from ses_lab.probes import PROBES
 
     experiment = load(name, scale, changes)
@@ -248,7 +248,11 @@ def run(
             continue
         of_model = [choice for choice in missing if choice.name in PROBES]
         measure.probe(folder, of_model, experiment.weights)
-        ours = {c.slug: OF_RUNS[c.name](folder, **c.params) for c in missing if c.name in OF_RUNS}
+        ours = {}
+        for choice in missing:
+            if choice.name not in PROBES:
+                with build.as_config_error(f"probe {choice.name}"):
+                    ours[choice.slug] = of_runs()[choice.name](folder, **choice.params)
         with run.claim(config):
             write_json(run / "probes.json", {**run.read_json("probes.json"), **ours})
     return root
@@ -340,5 +344,14 @@ def _last_with(key: str, folder: str | os.PathLike) -> dict[str, Any]:
     raise ConfigError(f"probes.{key}: {folder} has no {_KEPT_BY[key]}")
 
 
-# Probes that ask for more than a model and samples: functions of the folder.
-OF_RUNS = {"spectra": weight_spectra, "entropy": entropy_targets, "rank": rank_dynamics}
+def of_runs() -> dict[str, Callable[..., dict[str, float]]]:
+    """Probes that ask for more than a model and samples: functions of the folder."""
+    from ses_lab import transfer
+
+    return {
+        "spectra": weight_spectra,
+        "entropy": entropy_targets,
+        "rank": rank_dynamics,
+        "linear": transfer.linear_probe,
+        "knn": transfer.knn,
+    }
