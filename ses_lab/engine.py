@@ -189,7 +189,7 @@ class Training:
             self.generator.manual_seed(seed)
             self.optimizer.zero_grad()
             if self.ses is not None:
-                self.ses.step = steps  # no state of it is in the checkpoint
+                self.ses.step = steps  # of the run: no checkpoint has to say so
             with build.autocast(config, self.ranks.device):
                 result = self.module(images, targets, self.generator)
             loss = result["loss"]

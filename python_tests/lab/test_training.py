@@ -109,10 +109,12 @@ def teacher(root):
         {"regime": {"name": "distill", "distiller": "factor"}, "precision": "bf16"},
         {"precision": "bf16", "regularizer.ses": {}, "regularizer.sam": {}, "clip": 0.5,
          "model.drop_path": 0.3, "augmentation": ["randaugment", "mixup"]},
+        {"regime": "two_views:objective=vicreg", "precision": "bf16", "rank_samples": 8,
+         "regularizer.ses": {"beta": {"schedule": "linear", "start": 0.9, "end": 0.3}}},
         {"precision": "fp16", "regularizer.ses": {}, "clip": 0.5,
          "schedule": {"name": "cosine", "warmup_epochs": 1, "least": 1e-3}},
     ],
-    ids=["augmented", "sam", "free", "multitask", "dropout", "factor", "bf16", "fp16"],
+    ids=["augmented", "sam", "free", "multitask", "dropout", "factor", "bf16", "two_views", "fp16"],
 )  # fmt: skip
 def test_resumed_bit_for_bit(changes, tmp_path, tmp_path_factory):
     if "distill" in str(changes):
@@ -476,8 +478,9 @@ def test_clip(tmp_path):
 def test_two_ranks_equal_one_process(tmp_path):
     """Layer norms, no augmentation: the joined batch is then the sum of what the ranks see."""
     configs = [
-        merge(IMAGES, {"regularizer.ses": {"beta": 0.5, "lambda_ses": 1.0}}),
+        merge(IMAGES, {"regularizer.ses": {"beta": 0.5, "lambda_ses": 1.0}, "rank_samples": 12}),
         merge(IMAGES, {"regime": {"name": "mim", "patch": 2}, "epochs": 1}),
+        merge(IMAGES, {"regime": "two_views", "epochs": 1}),
     ]
     arguments = []
     for i, document in enumerate(configs):
@@ -498,12 +501,14 @@ def test_two_ranks_equal_one_process(tmp_path):
         for name in (*names, "test_f1", "test_auroc"):
             # Rounding that the steps amplify.
             assert two[name] == pytest.approx(one[name], rel=1e-5 * 10 ** one["epoch"]), name
-        assert two["entropy"] == pytest.approx(one["entropy"], rel=1e-3)
+        for name in ("entropy", "target", "rank", "rank_ratio"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3), name
     assert RunFolder(tmp_path / "two0").status()["ranks"] == 2
     ours, theirs = (build.trained(tmp_path / name).state_dict() for name in ("one", "two0"))
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=2e-4)
-    assert RunFolder(tmp_path / "two1").finished()  # with parameters that get no gradient
+    for folder in ("two1", "two2"):  # with parameters that get no gradient
+        assert RunFolder(tmp_path / folder).finished()
 
 
 def test_batches_divide_over_ranks():
