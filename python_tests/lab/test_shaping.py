@@ -1,5 +1,9 @@
 """Terms and schedules of SES out of a file, in the steps of the run, also after a resumption."""
 
+import re
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from ses_lab import build, experiments, training
 from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.folder import RunFolder
 from ses_lab.shaping import Length, options
+from ses_lab.values import parse_yaml
 
 TINY = {"dataset": {"name": "shapes", "preset": "trivial", "samples": 64, "size": 8},
         "model": {"name": "vit_tiny", "embed_dim": 12, "depth": 2, "heads": 2, "patch": 2,
@@ -51,6 +56,23 @@ def test_terms_are_mappings():
             Term("heads", alpha=0.5, pool="tokens"),
         ],
     }
+
+
+def test_the_terms_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "lab.md").read_text()
+    block = re.search(r"\n( {6}regularizer:\n(?: {8}.*\n)+)", text).group(1)
+    document = parse_yaml(textwrap.dedent(block))
+    config = RunConfig.parse(merge(TINY, document))
+    model = build.model(config, build.dataset(config)[0])
+    with build.regularizer(config, model, steps=10) as ses:
+        assert ses.beta == {
+            "blocks.0": schedules.linear(0.9, 0.3, 500),
+            "blocks.1": schedules.linear(0.9, 0.3, 500),
+            "blocks.0.attn:heads": 0.6,
+            "blocks.1.attn:heads": 0.5,
+            "blocks.0.attn:weights": 0.2,
+            "blocks.1.attn:weights": 0.2,
+        }
 
 
 LINEAR = {"schedule": "linear", "start": 0.9, "end": 0.3}
