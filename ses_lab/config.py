@@ -46,6 +46,7 @@ from ses_lab.names import ConfigError, check_params, lookup, parameters, unknown
 from ses_lab.options import (
     REGIME_NAMES,
     REGIMES,
+    SCHEDULED,
     Choice,
     DatasetChoice,
     Regime,
@@ -253,10 +254,6 @@ def _check_registries(config: RunConfig) -> None:
 
 
 # ---- file < environment < flags ----
-
-
-# Of SESRegularizer: a number, a schedule, or one of these for each glob of layers.
-SCHEDULED = ("alpha", "beta", "lambda_ses")
 
 
 def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -208,22 +208,28 @@ _RANKS = {
 def _by_layer(results: Results, measure: str, kinds: Mapping[str, tuple[str, Any]]) -> Figure:
     """Every hooked layer against epochs, its range over seeds shaded; dashed: target.
 
-    A column for each variant whose runs have ``measure``, a line of panels for each of ``kinds``.
+    Variants whose runs have ``measure`` abreast, four at most; below each a panel for every kind.
     """
     configs = results.experiment.runs(results.root)
     paths = {(config.method, config.seed): path for path, config in configs.items()}
     probed = {v: [*results.values(v, measure)] for v in results.runs}
     variants = [variant for variant, seeds in probed.items() if seeds]
-    columns = max(1, len(variants))
-    figure = Figure(figsize=(5 * columns, 4 * len(kinds)), layout="constrained")
-    grid = figure.subplots(len(kinds), columns, squeeze=False, sharey="row")
-    for line, (key, (label, goal)) in zip(grid, kinds.items(), strict=True):
-        for panel, variant in zip(line, variants, strict=False):
-            runs = [RunFolder(paths[variant, seed]).rows() for seed in probed[variant]]
+    columns = max(1, min(len(variants), _ABREAST))
+    lines = max(1, -(-len(variants) // columns)) * len(kinds)
+    figure = Figure(figsize=(5 * columns, 4 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for panel in grid.flat:
+        panel.set_axis_off()
+    for i, variant in enumerate(variants):
+        runs = [RunFolder(paths[variant, seed]).rows() for seed in probed[variant]]
+        for k, (key, (label, goal)) in enumerate(kinds.items()):
+            panel = grid[i // columns * len(kinds) + k, i % columns]
+            if i:
+                panel.sharey(grid[k, 0])
+            panel.set_axis_on()
             _draw_layers(panel, runs, key, goal)
             panel.set(title=variant, xlabel="epoch", ylabel=label)
-    handles = grid[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right center", fontsize="x-small")
+            panel.legend(fontsize="x-small", ncols=2)  # layers of their own, where models differ
     return figure
 
 

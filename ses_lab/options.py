@@ -59,6 +59,10 @@ class Source(Strict):
     weights: Literal["best", "last"] = "last"
 
 
+# Of SESRegularizer: a number or a schedule; but for lambda_ses also one for each glob of layers.
+SCHEDULED = ("alpha", "beta", "lambda_ses")
+
+
 # ---- regimes: what one step of training minimises ----
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ses_kernels import Term, schedules
 from ses_kernels.options import Number, at
 from ses_lab.names import ConfigError, check_params, lookup
+from ses_lab.options import SCHEDULED
 
 
 class Length(NamedTuple):
@@ -49,7 +50,6 @@ def step(run: Length, *, values: Sequence[float], epochs: Sequence[float]) -> Nu
 
 SCHEDULES: dict[str, Callable[..., Number]] = {"linear": linear, "cosine": cosine, "step": step}
 GIVEN = ("run",)  # the arguments of SCHEDULES that are not the user's
-SCHEDULED = ("beta", "alpha", "lambda_ses")
 
 
 def options(ses: Mapping[str, Any], run: Length, layers: Any = None) -> dict[str, Any]:
@@ -88,6 +88,8 @@ def _number(where: str, option: str, value: Any, run: Length) -> Any:
     if not isinstance(value, Mapping):
         return value
     if "schedule" not in value:
+        if option == "lambda_ses":
+            raise ConfigError(f"{where}: expected a number or a schedule, got {value!r}")
         return {layer: _number(f"{where}.{layer}", option, v, run) for layer, v in value.items()}
     params = {key: v for key, v in value.items() if key != "schedule"}
     make = lookup(f"schedule of {where}", SCHEDULES, value["schedule"])

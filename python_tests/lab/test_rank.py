@@ -67,7 +67,7 @@ def test_ranks_need_layers():
 
 
 @pytest.mark.filterwarnings("ignore:SESRegularizer")
-def test_a_study_of_ranks(tmp_path):
+def test_a_study_of_ranks(tmp_path, monkeypatch):
     document = {
         "base": BASE, "probes": {"rank": {}}, "measures": ["rank.ratio", "rank.spread"],
         "variants": {"fixed": {}, "schedule": {"regularizer.ses": {
@@ -91,6 +91,10 @@ def test_a_study_of_ranks(tmp_path):
     drawn = figures.draw(results)["ranks"]
     labels = [panel.get_ylabel() for panel in drawn.axes]
     assert labels == 2 * ["effective rank"] + 2 * ["effective rank / d^beta"]
+    assert drawn.axes[0].get_ylim() == drawn.axes[1].get_ylim()
+    monkeypatch.setattr(figures, "_ABREAST", 1)
+    (column,) = {panel.get_subplotspec().colspan for panel in figures.draw(results)["ranks"].axes}
+    assert column == range(1)
     line, target = drawn.axes[0].lines[:2]
     assert line.get_ydata() == pytest.approx([row["rank"]["blocks.0"] for row in rows])
     assert target.get_ydata() == pytest.approx([12**0.5] * 2)

@@ -97,6 +97,7 @@ LINEAR = {"schedule": "linear", "start": 0.9, "end": 0.3}
             "ses.beta: beta must be between 0 and 1, got 1",
         ),
         ({"lambda_ses": {**LINEAR, "start": 1, "end": -1}}, "ses.lambda_ses: .*at least 0, got -1"),
+        ({"lambda_ses": {"*": 0.1}}, "ses.lambda_ses: expected a number or a schedule, got"),
         ({"terms": "blocks"}, "ses.terms: expected a list of mappings, got 'blocks'"),
         ({"terms": [{"layer": "blocks"}]}, r"terms.0: .*'layer'; did you mean 'layers'"),
         ({"terms": [{"beta": {**LINEAR, "end": 2}}]}, "terms.0.beta: beta must be between"),
