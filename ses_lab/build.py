@@ -36,7 +36,7 @@ def seed_of(*parts: int | str) -> int:
 
 
 def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 images -> floats in [0, 1]; points as they are."""
+    """uint8 images -> floats in [0, 1]; points and text as they are."""
     images = images.to(device)
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
@@ -77,6 +77,14 @@ def dataset(config: RunConfig) -> tuple[Dataset, Split | None]:
 
 def _fresh(config: RunConfig, dataset: Dataset) -> nn.Module:
     images = dataset.train.images
+    if dataset.vocabulary is not None:
+        with as_config_error(f"model {config.model.name} on {dataset.name}"):
+            return models.text(
+                config.model.name,
+                classes=len(dataset.classes),
+                vocabulary=dataset.vocabulary,
+                **config.model.params,
+            )
     sample = pixels(images[:: max(1, len(images) // 5000)])  # 5000 images tell the mean and std
     axes = [axis for axis in range(sample.dim()) if axis != 1]
     with as_config_error(f"model {config.model.name} on {dataset.name}"):
@@ -199,7 +207,9 @@ def regularizer(
     length = shaping.Length(config.epochs, steps)
     options = shaping.options(config.regularizer.ses, length, network.ses_layers)
     with as_config_error("regularizer.ses"):
-        return SESRegularizer(network, process_group=group, **options)
+        # Text: the part that is called with its mask, which leaves padding out.
+        shaped = getattr(network, "shaped", network)
+        return SESRegularizer(shaped, process_group=group, **options)
 
 
 def optimizer(
@@ -227,6 +237,11 @@ def check(config: RunConfig, dataset: Dataset, regime: Supervised) -> None:
     Raises:
         ConfigError: a value that the functions refuse, with their reason.
     """
+    if dataset.vocabulary is not None:
+        if config.augmentation:
+            raise ConfigError("augmentation: there is none for text")
+        if config.regime.name not in ("supervised", "finetune"):
+            raise ConfigError(f"regime: {config.regime.name} is for images, and this is text")
     device = next(regime.parameters()).device
     images = pixels(dataset.train.images[:8], device)
     targets = F.one_hot(dataset.train.labels[:8].to(device), len(dataset.classes)).float()

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -88,6 +89,53 @@ class Imported(nn.Module):
         if isinstance(out, Tensor):
             return out
         return out.logits if hasattr(out, "logits") else out[0]
+
+
+class Text(nn.Module):
+    """A classifier of transformers on (N, 2, T) ids and segments, 0 being padding.
+
+    ``shaped`` is what SES hooks: the model that is called with the mask of the padding.
+    """
+
+    ses_layers = None
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        with SESRegularizer(model) as regularizer:
+            self.stages = tuple(f"model.{name}" for name in regularizer.layers)
+        self.classifier = "model.classifier"
+
+    @property
+    def shaped(self) -> nn.Module:
+        return self.model
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, segments = x.unbind(1)
+        return self.model(
+            input_ids=ids, attention_mask=(ids != 0).long(), token_type_ids=segments
+        ).logits
+
+
+def text(path: str, *, classes: int, vocabulary: int, pretrained: str | None = None, **params):
+    """A :class:`Text` of ``"transformers:BertForSequenceClassification"`` and the like.
+
+    Args:
+        path: as for :func:`build`; its classifier is named so.
+        vocabulary: ids are below it.
+        pretrained: a folder of transformers' files whose weights it starts from; None: fresh ones.
+        params: of its configuration.
+    """
+    if ":" not in path:
+        raise ValueError(f"text needs a model of transformers, package.module:class; got {path!r}")
+    module, _, name = path.partition(":")
+    make = attrgetter(name)(importlib.import_module(module))
+    if pretrained is not None:
+        if not Path(pretrained).is_dir():
+            raise ValueError(f"pretrained: there is no folder {pretrained}")
+        return Text(make.from_pretrained(pretrained, num_labels=classes, local_files_only=True,
+                                         **params))  # fmt: skip
+    return Text(make(make.config_class(num_labels=classes, vocab_size=vocabulary, **params)))
 
 
 def _imported(

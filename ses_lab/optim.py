@@ -43,6 +43,11 @@ def cosine(t: float, *, final: float = 0.0) -> float:
     return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
 
 
+def linear(t: float, *, final: float = 0.0) -> float:
+    """A straight line from 1 to ``final``."""
+    return 1 + (final - 1) * t
+
+
 def onecycle(
     t: float, *, rise: float = 0.3, initial: float = 1 / 25, final: float = 1 / 250_000
 ) -> float:
@@ -59,6 +64,7 @@ SCHEDULES: dict[str, Callable[..., float]] = {
     "constant": constant,
     "multistep": multistep,
     "cosine": cosine,
+    "linear": linear,
     "onecycle": onecycle,
 }
 
@@ -76,7 +82,7 @@ def schedule(
 
     The learning rate rises linearly during the first ``warmup`` of them, to its full value at the
     last, and follows one of :data:`SCHEDULES` with ``params`` over the others. ``least`` is the
-    rate at which ``cosine`` and ``onecycle`` end, in the place of the share ``final``.
+    rate at which ``cosine``, ``linear`` and ``onecycle`` end, in the place of the share ``final``.
     """
     if least is not None:
         if not 0 <= least <= optimizer.param_groups[-1]["lr"] or "final" in params:

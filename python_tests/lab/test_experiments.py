@@ -11,7 +11,7 @@ import yaml
 
 from ses_lab import build, experiments, measure, report, spectra, training
 from ses_lab.config import Choice, ConfigError, merge
-from ses_lab.data.bundled import BUNDLED
+from ses_lab.data import BUNDLED
 from ses_lab.experiments import load, run
 from ses_lab.folder import OtherRunError, RunFolder
 from ses_lab.results import collect, table
@@ -20,7 +20,7 @@ PAPER = {
     "dynamics", "beta", "corruption", "toy_jacobian", "cifar10_seeds", "cifar100_seeds", "lambda",
     "spectral_norm", "layers", "periodic", "tiny_imagenet", "mixup_cutmix", "wide_resnet",
     "vit", "vit_augmentation", "vit_beta", "vit_layers", "beta_schedules", "targets",
-    "rank_dynamics", "two_views",
+    "rank_dynamics", "two_views", "bert",
 }  # fmt: skip
 TOY = {
     "title": "Toy",
@@ -69,6 +69,9 @@ def tiny(name: str) -> dict:
     size = 28 if name == "weight_spectra" else 8
     images = {"name": "shapes", "preset": "trivial", "samples": 64, "size": size}
     dataset = {**points, "samples": 64} if points else images
+    if name == "bert":
+        pytest.importorskip("transformers")
+        dataset = {**experiment.base["dataset"], "samples": 64}
     changes = {"base.dataset": dataset, "base.epochs": 1, "base.batch_size": 32, "seeds": [0]}
     for variant, own in experiment.variants.items():
         if "dataset" in own:
@@ -100,6 +103,8 @@ def test_every_experiment_runs_on_a_few_images(name, tmp_path):
 @pytest.mark.filterwarnings("ignore:SESRegularizer")
 @pytest.mark.parametrize("name", experiments.names())
 def test_every_experiment_runs_at_scale_smoke(name, tmp_path):
+    if name == "bert":
+        pytest.importorskip("transformers")
     assert_complete(run(name, "smoke", tmp_path))
 
 

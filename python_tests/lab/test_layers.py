@@ -7,7 +7,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
-          "data.subset", "data.download", "data.bundled", "data.archives", "data",
+          "data.subset", "data.download", "data.bundled", "data.archives", "data.text", "data",
           "data.__main__", "losses", "metrics", "randaugment", "augment", "optim", "distill",
           "twoviews", "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
           "probes.representation", "probes", "weights", "spectra", "sinks", "rank", "shaping",

@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from ses_lab.data.archives import ARCHIVES
-from ses_lab.data.bundled import BUNDLED
+from ses_lab.data.bundled import BUNDLED as IMAGES
 from ses_lab.data.dataset import Dataset, Split
 from ses_lab.data.subset import subset
+from ses_lab.data.text import GLUE, docstrings
 from ses_lab.names import parameters
 
 __all__ = ["DATASETS", "Dataset", "Split", "load", "subset"]
 
-DATASETS: dict[str, Callable[..., Dataset]] = {**BUNDLED, **ARCHIVES}
+BUNDLED = {**IMAGES, "docstrings": docstrings}  # need no file
+DATASETS: dict[str, Callable[..., Dataset]] = {**BUNDLED, **ARCHIVES, **GLUE}
 
 
 def load(
     name: str, *, root: str | Path | None = None, download: bool = False, **params: Any
 ) -> Dataset:
     """A dataset of images uint8 (N, C, H, W), or of points float32 (N, 2), and labels int64 (N,).
+
+    Or of text, int64 (N, 2, T): see :mod:`ses_lab.data.text`.
 
     ============================================  ================================================
     name                                          what, and from where
@@ -37,6 +41,9 @@ def load(
     ``pathmnist``, ..., ``organsmnist``           MedMNIST at 28 x 28: ``pathmnist.npz``, ...
     ``medmnist`` (file)                           any other ``.npz`` of MedMNIST's layout
     ``image_folder`` (folder, size)               ImageNet's layout, ``folder/train/CLASS/*``
+    ``docstrings`` (length, vocabulary)           text that every Python has; no file needed
+    ``sst2``, ``mrpc`` (tokenizer, length)        GLUE: ``SST-2``, ``MRPC`` or their ZIP, with
+                                                  ``train.tsv`` and ``dev.tsv``
     ============================================  ================================================
 
     The same arguments give the same data. Any of them takes the parameters of
@@ -66,4 +73,5 @@ def load(
         return subset(BUNDLED[name](**params), **less)
     if root is None:
         raise ValueError(f"{name} is read from published files: give their folder as root")
-    return subset(ARCHIVES[name](name, Path(root).expanduser(), download, **params), **less)
+    read = {**ARCHIVES, **GLUE}[name]
+    return subset(read(name, Path(root).expanduser(), download, **params), **less)

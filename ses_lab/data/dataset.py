@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class Split(NamedTuple):
-    images: Tensor  # (N, C, H, W) uint8; the points of a toy set: (N, 2) float32
+    # (N, C, H, W) uint8; the points of a toy set: (N, 2) float32; text: (N, 2, T) int64
+    images: Tensor
     labels: Tensor  # (N,) int64, 0 <= label < len(Dataset.classes)
 
 
@@ -18,3 +19,4 @@ class Dataset(NamedTuple):
     test: Split
     classes: tuple[str, ...]
     validation: Split | None = None  # where one is published
+    vocabulary: int | None = None  # of text: its ids are below it
