@@ -2,12 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <climits>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <tuple>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "eigh.h"
@@ -41,14 +42,19 @@ void with_number(int itemsize, F f) {
     f(double());
 }
 
-void check_sizes(long batch, long n, int max_n, int itemsize, const std::string& where) {
+void check_batch(long batch) {
   // A CUDA grid has INT_MAX blocks; the CPU has no such batch in memory.
   if (batch < 0 || batch > INT_MAX)
     refuse("batch must be in [0, " + std::to_string(INT_MAX) + "], got " + std::to_string(batch));
-  if (n < 1 || n > max_n)
-    refuse("n must be in [1, " + std::to_string(max_n) + "] for itemsize " +
-           std::to_string(itemsize) + " on " + where + ", got " + std::to_string(n));
 }
+
+void check_n(long n, int max_n, const std::string& where) {
+  if (n < 1 || n > max_n)
+    refuse("n must be in [1, " + std::to_string(max_n) + "] " + where + ", got " +
+           std::to_string(n));
+}
+
+std::string on_cuda(int device) { return "on CUDA device " + std::to_string(device); }
 
 void check_threads(int threads) {
   if (threads < 1) refuse("threads must be at least 1, got " + std::to_string(threads));
@@ -66,7 +72,8 @@ T* pointer(std::uintptr_t address) {
 
 void eigh_cpu(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n, int itemsize,
               int threads) {
-  check_sizes(batch, n, ses::kMaxNCpu, itemsize, "the CPU");
+  check_batch(batch);
+  check_n(n, ses::kMaxNCpu, "on the CPU");
   if (batch > 0) check_not_null("a, w and v", {a, w, v});
   check_threads(threads);
   const py::gil_scoped_release release;
@@ -83,8 +90,9 @@ int max_n_cuda(int device, int itemsize) {
 
 void eigh_cuda(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n,
                int itemsize, int device, std::uintptr_t stream) {
-  check_sizes(batch, n, max_n_cuda(device, itemsize), itemsize,
-              "CUDA device " + std::to_string(device));
+  check_batch(batch);
+  check_n(n, max_n_cuda(device, itemsize),
+          on_cuda(device) + " for itemsize " + std::to_string(itemsize));
   if (batch > 0) check_not_null("a, w and v", {a, w, v});
   const py::gil_scoped_release release;
   with_number(itemsize, [&](auto number) {
@@ -94,182 +102,265 @@ void eigh_cuda(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch,
   });
 }
 
-// ---- samples: x by address, strides in elements and shape ----
+// ---- values: what operations read and write, checked when they are made ----
+// From Python each comes as a tuple of its Parts: Python objects of these classes would take 0.4 us
+// each to make, at every call. Poles are made once.
 
-template <typename T>
-ses::Samples<T> samples(std::uintptr_t x, long matrix_stride, long row_stride, long batch,
-                        long rows, long columns) {
-  if (x == 0 || batch < 1 || rows < 1 || columns < 1)
-    refuse("x must not be null and no axis empty, got (" + std::to_string(batch) + ", " +
-           std::to_string(rows) + ", " + std::to_string(columns) + ")");
-  return {pointer<const T>(x), matrix_stride, row_stride, batch, rows, columns};
+using Address = std::uintptr_t;
+using Three = std::array<long, 3>;  // a shape or strides as torch has them
+
+std::string to_string(const Three& shape) {
+  return "(" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) + ", " +
+         std::to_string(shape[2]) + ")";
 }
 
-// f(Samples<X>, L()) for the itemsizes of the samples and of the numbers that standardise them
-template <typename F>
-void with_samples(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride,
-                  long row_stride, long batch, long rows, long columns, F f) {
-  check_itemsize(x_itemsize);
-  check_itemsize(itemsize);
-  if (x_itemsize == sizeof(double)) {
-    if (itemsize != sizeof(double)) refuse("float64 samples are standardised in float64");
-    f(samples<double>(x, matrix_stride, row_stride, batch, rows, columns), double());
-  } else if (itemsize == sizeof(double)) {
-    f(samples<float>(x, matrix_stride, row_stride, batch, rows, columns), double());
-  } else {
-    f(samples<float>(x, matrix_stride, row_stride, batch, rows, columns), float());
+class Samples {
+ public:
+  using Parts = std::tuple<Address, int, Three, Three>;
+
+  Samples(Address x, int itemsize, const Three& stride, const Three& shape)
+      : x_(x), itemsize_(itemsize), stride_(stride), shape_(shape) {
+    check_itemsize(itemsize);
+    if (x == 0 || shape[0] < 1 || shape[1] < 1 || shape[2] < 1)
+      refuse("x must not be null and no axis empty, got " + to_string(shape));
+    if (stride[2] != 1) refuse("rows must be dense, got strides " + to_string(stride));
   }
-}
 
-void location_scale(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride,
-                    long row_stride, long batch, long rows, long columns, std::uintptr_t anchor,
-                    long anchor_stride, std::uintptr_t location, std::uintptr_t scale,
-                    int threads) {
-  check_threads(threads);
-  check_not_null("scale", {scale});
-  if (anchor != 0) check_not_null("location", {location});
-  with_samples(x, x_itemsize, itemsize, matrix_stride, row_stride, batch, rows, columns,
-               [&](const auto& s, auto number) {
-                 using L = decltype(number);
-                 using X = std::remove_const_t<std::remove_reference_t<decltype(*s.x)>>;
-                 const py::gil_scoped_release release;
-                 ses::location_scale_cpu(s, pointer<const X>(anchor), anchor_stride,
-                                         pointer<L>(location), pointer<L>(scale), threads);
-               });
-}
+  int itemsize() const { return itemsize_; }
+  long batch() const { return shape_[0]; }
+  long n(bool by_samples) const { return shape_[by_samples ? 1 : 2]; }
+
+  template <typename T>
+  ses::Samples<T> of() const {
+    return {pointer<const T>(x_), stride_[0], stride_[1], shape_[0], shape_[1], shape_[2]};
+  }
+
+ private:
+  Address x_;
+  int itemsize_;
+  Three stride_, shape_;
+};
+
+class Standard {
+ public:
+  using Parts = std::tuple<Address, Three, Address, int>;
+
+  Standard(Address location, const Three& stride, Address scale, int itemsize)
+      : location_(location), stride_(stride), scale_(scale), itemsize_(itemsize) {
+    check_itemsize(itemsize);
+    check_not_null("scale", {scale});
+  }
+
+  int itemsize() const { return itemsize_; }
+
+  template <typename L>
+  ses::Standard<L> of() const {
+    return {pointer<const L>(location_), stride_[0], stride_[1], pointer<const L>(scale_)};
+  }
+
+ private:
+  Address location_;
+  Three stride_;
+  Address scale_;
+  int itemsize_;
+};
+
+class Poles {
+ public:
+  Poles(double c, std::vector<double> t, std::vector<double> w)
+      : c_(c), t_(std::move(t)), w_(std::move(w)) {
+    if (t_.empty() || t_.size() != w_.size() || t_.size() > ses::kMaxPoles || t_.size() % 12 != 0)
+      refuse("t and w must have the same number of poles, a multiple of 12 of at most " +
+             std::to_string(ses::kMaxPoles) + ", got " + std::to_string(t_.size()) + " and " +
+             std::to_string(w_.size()));
+  }
+
+  ses::Poles view() const { return {c_, static_cast<int>(t_.size()), t_.data(), w_.data()}; }
+
+ private:
+  double c_;
+  std::vector<double> t_, w_;
+};
+
+class GramLayer {
+ public:
+  using Parts = std::tuple<Address, Three, Address, Address, bool>;
+
+  GramLayer(Address gram, const Three& shape, Address h, Address m, bool center)
+      : gram_(gram), h_(h), m_(m), batch_(shape[0]), n_(shape[1]), center_(center) {
+    check_not_null("gram and h", {gram, h});
+    check_batch(shape[0]);
+    if (shape[1] != shape[2]) refuse("Gram matrices must be square, got " + to_string(shape));
+  }
+
+  long n() const { return n_; }
+
+  template <typename K, typename M>
+  ses::GramLayer<K, M> of() const {
+    return {pointer<const K>(gram_), pointer<M>(h_), pointer<M>(m_), batch_,
+            static_cast<int>(n_),    center_};
+  }
+
+ private:
+  Address gram_, h_, m_;
+  long batch_, n_;
+  bool center_;
+};
 
 ses::Side side_of(bool samples) { return samples ? ses::Side::kSamples : ses::Side::kFeatures; }
 
-void gram(std::uintptr_t x, int x_itemsize, int itemsize, long matrix_stride, long row_stride,
-          long batch, long rows, long columns, std::uintptr_t location, long location_stride,
-          long location_row_stride, std::uintptr_t scale, bool by_samples, std::uintptr_t out,
-          int out_itemsize, int threads) {
-  check_threads(threads);
-  check_not_null("scale", {scale});
-  check_not_null("out", {out});
-  with_samples(x, x_itemsize, itemsize, matrix_stride, row_stride, batch, rows, columns,
-               [&](const auto& s, auto number) {
-                 using L = decltype(number);
-                 const ses::Standard<L> standard{pointer<const L>(location), location_stride,
-                                                 location_row_stride, pointer<const L>(scale)};
-                 const py::gil_scoped_release release;
-                 with_number(out_itemsize, [&](auto k) {
-                   ses::gram_cpu(s, standard, side_of(by_samples), pointer<decltype(k)>(out),
-                                 threads);
-                 });
-               });
+class SampleLayer {
+ public:
+  using Parts = std::tuple<Samples::Parts, bool, Address, Address, Address, Address>;
+
+  SampleLayer(const Samples::Parts& x, bool by_samples, Address location, Address scale, Address h,
+              Address m)
+      : x_(std::make_from_tuple<Samples>(x)),
+        by_samples_(by_samples),
+        location_(location),
+        scale_(scale),
+        h_(h),
+        m_(m) {
+    check_not_null("scale and h", {scale, h});
+    check_batch(x_.batch());
+    check_n(x_.n(by_samples), INT_MAX, "in a layer");
+  }
+
+  template <typename T>
+  ses::SampleLayer<T> of() const {
+    if (x_.itemsize() != sizeof(T))
+      refuse("samples must have itemsize " + std::to_string(sizeof(T)) + ", as the first, got " +
+             std::to_string(x_.itemsize()));
+    return {x_.of<T>(),
+            side_of(by_samples_),
+            pointer<T>(location_),
+            pointer<T>(scale_),
+            {nullptr, pointer<T>(h_), pointer<T>(m_), x_.batch(),
+             static_cast<int>(x_.n(by_samples_)), by_samples_ && location_ != 0}};
+  }
+
+ private:
+  Samples x_;
+  bool by_samples_;
+  Address location_, scale_, h_, m_;
+};
+
+// f(X(), L()), the types of samples and of the numbers that standardise them
+template <typename F>
+void with_numbers(int x_itemsize, int itemsize, F f) {
+  with_number(itemsize, [&](auto number) {
+    if (x_itemsize == sizeof(float))
+      f(float(), number);
+    else if constexpr (sizeof(number) == sizeof(double))
+      f(double(), number);
+    else
+      refuse("float64 samples are standardised in float64");
+  });
 }
 
-void gram_backward(std::uintptr_t m, std::uintptr_t x, int x_itemsize, int itemsize,
-                   long matrix_stride, long row_stride, long batch, long rows, long columns,
-                   std::uintptr_t location, long location_stride, long location_row_stride,
-                   std::uintptr_t scale, std::uintptr_t g, long g_stride, bool by_samples,
-                   std::uintptr_t out, int threads) {
+// ---- from samples to Gram matrices, and back to a gradient ----
+
+void location_scale(const Samples::Parts& x_parts, Address anchor, long anchor_stride,
+                    Address location, Address scale, int itemsize, int threads) {
+  const auto x = std::make_from_tuple<Samples>(x_parts);
   check_threads(threads);
-  check_not_null("m, scale and g", {m, scale, g});
+  check_not_null("scale", {scale});
+  if (anchor != 0) check_not_null("location", {location});
+  with_numbers(x.itemsize(), itemsize, [&](auto of_x, auto number) {
+    using X = decltype(of_x);
+    using L = decltype(number);
+    const py::gil_scoped_release release;
+    ses::location_scale_cpu(x.of<X>(), pointer<const X>(anchor), anchor_stride,
+                            pointer<L>(location), pointer<L>(scale), threads);
+  });
+}
+
+void gram(const Samples::Parts& x_parts, const Standard::Parts& standard_parts, bool by_samples,
+          Address out, int out_itemsize, int threads) {
+  const auto x = std::make_from_tuple<Samples>(x_parts);
+  const auto standard = std::make_from_tuple<Standard>(standard_parts);
+  check_threads(threads);
   check_not_null("out", {out});
-  with_samples(x, x_itemsize, itemsize, matrix_stride, row_stride, batch, rows, columns,
-               [&](const auto& s, auto number) {
-                 using L = decltype(number);
-                 using X = std::remove_const_t<std::remove_reference_t<decltype(*s.x)>>;
-                 const ses::Standard<L> standard{pointer<const L>(location), location_stride,
-                                                 location_row_stride, pointer<const L>(scale)};
-                 const py::gil_scoped_release release;
-                 ses::gram_backward_cpu(pointer<const L>(m), s, standard, pointer<const L>(g),
-                                        g_stride, side_of(by_samples), pointer<X>(out), threads);
-               });
+  with_numbers(x.itemsize(), standard.itemsize(), [&](auto of_x, auto number) {
+    with_number(out_itemsize, [&](auto of_out) {
+      const py::gil_scoped_release release;
+      ses::gram_cpu(x.of<decltype(of_x)>(), standard.of<decltype(number)>(), side_of(by_samples),
+                    pointer<decltype(of_out)>(out), threads);
+    });
+  });
+}
+
+void gram_backward(Address m, const Samples::Parts& x_parts, const Standard::Parts& standard_parts,
+                   Address g, long g_stride, bool by_samples, Address out, int threads) {
+  const auto x = std::make_from_tuple<Samples>(x_parts);
+  const auto standard = std::make_from_tuple<Standard>(standard_parts);
+  check_threads(threads);
+  check_not_null("m and g", {m, g});
+  check_not_null("out", {out});
+  with_numbers(x.itemsize(), standard.itemsize(), [&](auto of_x, auto number) {
+    using X = decltype(of_x);
+    using L = decltype(number);
+    const py::gil_scoped_release release;
+    ses::gram_backward_cpu(pointer<const L>(m), x.of<X>(), standard.of<L>(), pointer<const L>(g),
+                           g_stride, side_of(by_samples), pointer<X>(out), threads);
+  });
 }
 
 // ---- the rational solver ----
 
-// (gram, h, m or 0, batch, n, center) of one layer
-using LayerTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, long, int, bool>;
+using GramLayers = std::vector<GramLayer::Parts>;
 
 template <typename K, typename M>
-std::vector<ses::GramLayer<K, M>> gram_layers(const std::vector<LayerTuple>& tuples, int max_n) {
-  std::vector<ses::GramLayer<K, M>> layers;
-  for (const auto& [gram, h, m, batch, n, center] : tuples) {
-    check_not_null("gram and h", {gram, h});
-    check_sizes(batch, n, max_n, sizeof(K), "this device");
-    layers.push_back({pointer<const K>(gram), pointer<M>(h), pointer<M>(m), batch, n, center});
+std::vector<ses::GramLayer<K, M>> typed(const GramLayers& layers, int max_n,
+                                        const std::string& where) {
+  std::vector<ses::GramLayer<K, M>> result;
+  for (const auto& parts : layers) {
+    const auto layer = std::make_from_tuple<GramLayer>(parts);
+    check_n(layer.n(), max_n, where);
+    result.push_back(layer.of<K, M>());
   }
-  return layers;
+  return result;
 }
 
-// The poles live as long as the two vectors.
-ses::Poles poles(double c, const std::vector<double>& t, const std::vector<double>& w) {
-  if (t.empty() || t.size() != w.size() || t.size() > ses::kMaxPoles || t.size() % 12 != 0)
-    refuse("t and w must have the same number of poles, a multiple of 12 of at most " +
-           std::to_string(ses::kMaxPoles) + ", got " + std::to_string(t.size()) + " and " +
-           std::to_string(w.size()));
-  return {c, static_cast<int>(t.size()), t.data(), w.data()};
-}
-
-void rational_cpu(const std::vector<LayerTuple>& layers, int m_itemsize, double c,
-                  const std::vector<double>& t, const std::vector<double>& w, int threads) {
+void rational_cpu(const GramLayers& layers, int itemsize, const Poles& poles, int threads) {
   check_threads(threads);
-  const ses::Poles set = poles(c, t, w);
-  with_number(m_itemsize, [&](auto number) {
-    const auto checked = gram_layers<double, decltype(number)>(layers, INT_MAX);
-    const py::gil_scoped_release release;
-    ses::rational_cpu(checked.data(), static_cast<int>(checked.size()), set, threads);
-  });
-}
-
-// (x, matrix stride, row stride, batch, rows, columns, by samples, location or 0, scale, h, m or 0)
-// of one layer
-using SampleTuple = std::tuple<std::uintptr_t, long, long, long, long, long, bool, std::uintptr_t,
-                               std::uintptr_t, std::uintptr_t, std::uintptr_t>;
-
-template <typename T>
-std::vector<ses::SampleLayer<T>> sample_layers(const std::vector<SampleTuple>& tuples) {
-  std::vector<ses::SampleLayer<T>> layers;
-  for (const auto& [x, matrix_stride, row_stride, batch, rows, columns, by_samples, location, scale,
-                    h, m] : tuples) {
-    check_not_null("scale and h", {scale, h});
-    const long n = by_samples ? rows : columns;
-    const auto of_x = samples<T>(x, matrix_stride, row_stride, batch, rows, columns);
-    check_sizes(batch, n, INT_MAX, sizeof(T), "the CPU");
-    layers.push_back({of_x,
-                      side_of(by_samples),
-                      pointer<T>(location),
-                      pointer<T>(scale),
-                      {nullptr, pointer<T>(h), pointer<T>(m), batch, static_cast<int>(n),
-                       by_samples && location != 0}});
-  }
-  return layers;
-}
-
-void rational_from_samples_cpu(const std::vector<SampleTuple>& layers, int itemsize, double c,
-                               const std::vector<double>& t, const std::vector<double>& w,
-                               int threads) {
-  check_threads(threads);
-  const ses::Poles set = poles(c, t, w);
   with_number(itemsize, [&](auto number) {
-    const auto checked = sample_layers<decltype(number)>(layers);
+    const auto checked = typed<double, decltype(number)>(layers, INT_MAX, "on the CPU");
     const py::gil_scoped_release release;
-    ses::rational_from_samples_cpu(checked.data(), static_cast<int>(checked.size()), set, threads);
+    ses::rational_cpu(checked.data(), static_cast<int>(checked.size()), poles.view(), threads);
   });
 }
 
-using CudaLayers = std::vector<ses::GramLayer<float, float>>;
+void rational_from_samples_cpu(const std::vector<SampleLayer::Parts>& layers, int itemsize,
+                               const Poles& poles, int threads) {
+  check_threads(threads);
+  with_number(itemsize, [&](auto number) {
+    using T = decltype(number);
+    std::vector<ses::SampleLayer<T>> checked;
+    for (const auto& parts : layers)
+      checked.push_back(std::make_from_tuple<SampleLayer>(parts).template of<T>());
+    const py::gil_scoped_release release;
+    ses::rational_from_samples_cpu(checked.data(), static_cast<int>(checked.size()), poles.view(),
+                                   threads);
+  });
+}
+
+std::vector<ses::GramLayer<float, float>> for_cuda(const GramLayers& layers, int device) {
+  return typed<float, float>(layers, ses::max_n_rational_cuda(device), on_cuda(device));
+}
 
 // Floats of workspace that rational_cuda needs.
-std::size_t rational_cuda_workspace(const std::vector<LayerTuple>& layers, double c,
-                                    const std::vector<double>& t, const std::vector<double>& w,
-                                    int device) {
-  const CudaLayers checked = gram_layers<float, float>(layers, ses::max_n_rational_cuda(device));
+std::size_t rational_cuda_workspace(const GramLayers& layers, const Poles& poles, int device) {
+  const auto checked = for_cuda(layers, device);
   return ses::rational_cuda_workspace(checked.data(), static_cast<int>(checked.size()),
-                                      poles(c, t, w), device);
+                                      poles.view(), device);
 }
 
-void rational_cuda(const std::vector<LayerTuple>& layers, double c, const std::vector<double>& t,
-                   const std::vector<double>& w, std::uintptr_t workspace, int device,
-                   std::uintptr_t stream) {
-  const CudaLayers checked = gram_layers<float, float>(layers, ses::max_n_rational_cuda(device));
-  const ses::Poles set = poles(c, t, w);
+void rational_cuda(const GramLayers& layers, const Poles& poles, Address workspace, int device,
+                   Address stream) {
+  const auto checked = for_cuda(layers, device);
   const py::gil_scoped_release release;
-  ses::rational_cuda(checked.data(), static_cast<int>(checked.size()), set,
+  ses::rational_cuda(checked.data(), static_cast<int>(checked.size()), poles.view(),
                      pointer<float>(workspace), device, pointer<void>(stream));
 }
 
@@ -325,21 +416,36 @@ PYBIND11_MODULE(_C, m) {
       py::arg("itemsize"), "The largest n eigh_cpu takes.");
   m.def("max_n_cuda", &max_n_cuda, py::arg("device"), py::arg("itemsize"),
         "The largest n eigh_cuda takes; 0 where it cannot run.");
-  m.def("location_scale", &location_scale,
-        "x (batch, rows, columns) of dense rows and a dense anchor row for each matrix, 0 for no "
-        "centring -> location (batch, 2, columns) and scale (batch,).");
-  m.def("gram", &gram, "x, location (0 for no centring) and scale -> K (batch, n, n).");
-  m.def("gram_backward", &gram_backward,
-        "m (batch, n, n), x, location, scale, g (batch,) -> out (batch, rows, columns).");
-  m.def("rational_cpu", &rational_cpu,
-        "[(gram, h, m or 0, batch, n, center)], float64 grams -> H (batch,) and M (batch, n, n).");
-  m.def(
-      "rational_from_samples_cpu", &rational_from_samples_cpu,
-      "[(x, matrix stride, row stride, batch, rows, columns, by samples, location or 0, scale, "
-      "h, m or 0)] -> location (batch, 2, columns) from the first rows, scale (batch,), H and M.");
-  m.def("rational_cuda", &rational_cuda,
+  py::class_<Poles>(m, "Poles", "log x ~ c - sum_j w_j / (x + t_j).")
+      .def(py::init<double, std::vector<double>, std::vector<double>>(), py::arg("c"), py::arg("t"),
+           py::arg("w"));
+  m.def("location_scale", &location_scale, py::arg("x"), py::arg("anchor"),
+        py::arg("anchor_stride"), py::arg("location"), py::arg("scale"), py::arg("itemsize"),
+        py::arg("threads"),
+        "x (address, itemsize, stride, shape) of (batch, rows, columns) with dense rows, and a "
+        "dense anchor row for each matrix, 0 for no centring -> location (batch, 2, "
+        "columns) and scale (batch,).");
+  m.def("gram", &gram, py::arg("x"), py::arg("standard"), py::arg("by_samples"), py::arg("out"),
+        py::arg("out_itemsize"), py::arg("threads"),
+        "x by a standard (location or 0, its stride, scale, itemsize) -> K (batch, n, n).");
+  m.def("gram_backward", &gram_backward, py::arg("m"), py::arg("x"), py::arg("standard"),
+        py::arg("g"), py::arg("g_stride"), py::arg("by_samples"), py::arg("out"),
+        py::arg("threads"),
+        "m (batch, n, n), x and standard as of gram, g (batch,) -> out (batch, rows, columns).");
+  m.def("rational_cpu", &rational_cpu, py::arg("layers"), py::arg("itemsize"), py::arg("poles"),
+        py::arg("threads"),
+        "[(gram, shape, h, m or 0, center)], float64 grams -> h (batch,) and m (batch, n, n) of "
+        "`itemsize`.");
+  m.def("rational_from_samples_cpu", &rational_from_samples_cpu, py::arg("layers"),
+        py::arg("itemsize"), py::arg("poles"), py::arg("threads"),
+
+        "[(x, by samples, location or 0, scale, h, m or 0)], all of `itemsize` -> location from "
+        "the first rows, scale, h and m.");
+  m.def("rational_cuda", &rational_cuda, py::arg("layers"), py::arg("poles"), py::arg("workspace"),
+        py::arg("device"), py::arg("stream"),
         "As rational_cpu for float32 in the memory of `device`, enqueued on `stream`.");
-  m.def("rational_cuda_workspace", &rational_cuda_workspace, "Floats of workspace it needs.");
+  m.def("rational_cuda_workspace", &rational_cuda_workspace, py::arg("layers"), py::arg("poles"),
+        py::arg("device"), "Floats of workspace it needs.");
   m.def("max_n_rational_cuda", &ses::max_n_rational_cuda, py::arg("device"),
         "The largest n rational_cuda takes; 0 where it cannot run.");
   m.def("info", &info, "What this build contains and what it chose to run with.");

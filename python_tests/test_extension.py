@@ -225,15 +225,15 @@ def test_works_after_fork():
 # ---- the rational solver ------------------------------------------------------------------------
 
 
-POLES = {dtype: rational_coefficients.columns(torch.float64, dtype) for dtype in DTYPES}
+POLES = {dtype: _C.Poles(*rational_coefficients.columns(torch.float64, dtype)) for dtype in DTYPES}
 
 
 def rational(gram, dtype=torch.float64, gradient=True, center=False, threads=2, poles=None):
     """H (batch,) and M (batch, n, n) in ``dtype``; what is not asked for is not written."""
     h = torch.full(gram.shape[:1], 7.0, dtype=dtype)
     m = torch.full(gram.shape, 7.0, dtype=dtype)
-    layer = gram.data_ptr(), h.data_ptr(), m.data_ptr() if gradient else 0, *gram.shape[:2], center
-    _C.rational_cpu([layer], dtype.itemsize, *(poles or POLES[dtype]), threads)
+    layer = gram.data_ptr(), gram.shape, h.data_ptr(), m.data_ptr() if gradient else 0, center
+    _C.rational_cpu([layer], dtype.itemsize, poles or POLES[dtype], threads)
     return h, m
 
 
@@ -412,13 +412,13 @@ def test_rational_layers_of_any_sizes_in_one_call():
     hs = [torch.full(gram.shape[:1], 7.0, dtype=torch.float64) for gram in layers]
     ms = [torch.full_like(gram, 7.0) for gram in layers]
     calls = [
-        (gram.data_ptr(), h.data_ptr(), m.data_ptr(), *gram.shape[:2], i % 2 == 0)
+        (gram.data_ptr(), gram.shape, h.data_ptr(), m.data_ptr(), i % 2 == 0)
         for i, (gram, h, m) in enumerate(zip(layers, hs, ms, strict=True))
     ]
-    _C.rational_cpu(calls, 8, *POLES[torch.float64], 3)
+    _C.rational_cpu(calls, 8, POLES[torch.float64], 3)
     for h, m, found in zip(hs, ms, expected, strict=True):
         assert all(map(same_bits, (h, m), found))
-    _C.rational_cpu([], 8, *POLES[torch.float64], 3)
+    _C.rational_cpu([], 8, POLES[torch.float64], 3)
 
 
 # ---- threads and forks --------------------------------------------------------------------------
@@ -432,14 +432,14 @@ def test_all_kernels_from_several_python_threads_at_once():
         location = x.new_empty(300, 2, 70)
         scale, g = x.new_empty(300), x.new_ones(300)
         gram, out = x.new_empty(300, 40, 40), torch.empty_like(x)
-        sizes = x.data_ptr(), 8, 8, *x.stride()[:2], *x.shape
+        samples = x.data_ptr(), 8, x.stride(), x.shape
         _C.location_scale(
-            *sizes, x.data_ptr(), x.stride(0), location.data_ptr(), scale.data_ptr(), 2
+            samples, x.data_ptr(), x.stride(0), location.data_ptr(), scale.data_ptr(), 8, 2
         )
-        standard = location.data_ptr(), 140, 70, scale.data_ptr()
-        _C.gram(*sizes, *standard, True, gram.data_ptr(), 8, 2)
+        standard = location.data_ptr(), location.stride(), scale.data_ptr(), 8
+        _C.gram(samples, standard, True, gram.data_ptr(), 8, 2)
         h, m = rational(gram, center=True)
-        _C.gram_backward(m.data_ptr(), *sizes, *standard, g.data_ptr(), 1, True, out.data_ptr(), 2)
+        _C.gram_backward(m.data_ptr(), samples, standard, g.data_ptr(), 1, True, out.data_ptr(), 2)
         return location, scale, gram, h, m, out, *eigh(gram)
 
     expected = work()
@@ -471,16 +471,16 @@ def test_a_forked_child_starts_threads_of_its_own(used):
         x = torch.randn(256, 40, 64, dtype=torch.float64)
         scale, gram = x.new_ones(256), x.new_empty(256, 40, 40)
         h, m, out = x.new_empty(256), torch.empty_like(gram), torch.empty_like(x)
-        sizes = x.data_ptr(), 8, 8, *x.stride()[:2], *x.shape
-        standard = 0, 0, 0, scale.data_ptr()
-        poles = rational_coefficients.columns(torch.float64, torch.float64)
-        layer = gram.data_ptr(), h.data_ptr(), m.data_ptr(), 256, 40, False
+        samples = x.data_ptr(), 8, x.stride(), x.shape
+        standard = 0, (0, 0, 0), scale.data_ptr(), 8
+        poles = _C.Poles(*rational_coefficients.columns(torch.float64, torch.float64))
+        layer = gram.data_ptr(), gram.shape, h.data_ptr(), m.data_ptr(), False
 
         def solve():
-            _C.gram(*sizes, *standard, True, gram.data_ptr(), 8, 2)
-            _C.rational_cpu([layer], 8, *poles, 2)
+            _C.gram(samples, standard, True, gram.data_ptr(), 8, 2)
+            _C.rational_cpu([layer], 8, poles, 2)
             _C.gram_backward(
-                m.data_ptr(), *sizes, *standard, scale.data_ptr(), 1, True, out.data_ptr(), 2
+                m.data_ptr(), samples, standard, scale.data_ptr(), 1, True, out.data_ptr(), 2
             )
 
         if {used}:
@@ -536,84 +536,118 @@ def test_bad_arguments(arguments, message):
         _C.eigh_cpu(**{**good, "itemsize": 4, "threads": 1, **arguments})
 
 
-SAMPLES = {
-    "x": 1, "x_itemsize": 4, "itemsize": 4, "matrix_stride": 6, "row_stride": 3,
-    "batch": 1, "rows": 2, "columns": 3,
-}  # fmt: skip
-STANDARD = {"location": 1, "location_stride": 6, "location_row_stride": 3, "scale": 1}
-ARGUMENTS = {  # 1 stands for an address
-    "location_scale": {
-        **SAMPLES, "anchor": 1, "anchor_stride": 3, "location": 1, "scale": 1, "threads": 1,
-    },
-    "gram": {
-        **SAMPLES, **STANDARD, "by_samples": True, "out": 1, "out_itemsize": 4, "threads": 1,
-    },
-    "gram_backward": {
-        "m": 1, **SAMPLES, **STANDARD, "g": 1, "g_stride": 1,
-        "by_samples": True, "out": 1, "threads": 1,
-    },
-}  # fmt: skip
-BAD_SAMPLES = (
-    ({"x": 0}, "x must not be null"),
-    ({"batch": 0}, r"no axis empty, got \(0, 2, 3\)"),
-    ({"rows": -1}, r"no axis empty, got \(1, -1, 3\)"),
-    ({"columns": 0}, r"no axis empty, got \(1, 2, 0\)"),
-    ({"x_itemsize": 2}, "itemsize must be 4 .* got 2"),
-    ({"itemsize": 2}, "itemsize must be 4 .* got 2"),
-    ({"x_itemsize": 8}, "float64 samples are standardised in float64"),
-    ({"threads": 0}, "threads must be at least 1, got 0"),
-    ({"threads": -5}, "threads must be at least 1, got -5"),
-    ({"scale": 0}, "scale.* must not be null"),
+X = torch.zeros(1, 4, 4, dtype=torch.float64)
+AT = X.data_ptr()
+VALUES = {
+    "Samples": {"x": AT, "itemsize": 4, "stride": (6, 3, 1), "shape": (1, 2, 3)},
+    "Standard": {"location": AT, "stride": (6, 3, 1), "scale": AT, "itemsize": 4},
+    "Poles": {"c": 1.0, "t": [1.0] * 12, "w": [1.0] * 12},
+    "GramLayer": {"gram": AT, "shape": (1, 2, 2), "h": AT, "m": 0, "center": False},
+    "SampleLayer": {"by_samples": True, "location": AT, "scale": AT, "h": AT, "m": 0},
+}
+TOO_LONG = 2**31
+
+
+def value(name, **wrong):
+    samples = {"x": value("Samples")} if name == "SampleLayer" else {}
+    return tuple({**samples, **VALUES[name], **wrong}.values())
+
+
+def take(name, parts):
+    """By a function that has such a value."""
+    if name == "Poles":
+        _C.Poles(*parts)
+    elif name == "GramLayer":
+        _C.rational_cpu([parts], 8, POLES[torch.float64], 1)
+    elif name == "SampleLayer":
+        _C.rational_from_samples_cpu([parts], 4, POLES[torch.float32], 1)
+    else:
+        values = {"x": value("Samples"), "standard": value("Standard")}
+        values["x" if name == "Samples" else "standard"] = parts
+        _C.gram(**values, by_samples=True, out=AT, out_itemsize=8, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("Samples", {"x": 0}, "x must not be null"),
+        ("Samples", {"shape": (0, 2, 3)}, r"no axis empty, got \(0, 2, 3\)"),
+        ("Samples", {"shape": (1, -1, 3)}, r"no axis empty, got \(1, -1, 3\)"),
+        ("Samples", {"shape": (1, 2, 0)}, r"no axis empty, got \(1, 2, 0\)"),
+        ("Samples", {"stride": (6, 3, 2)}, r"rows must be dense, got strides \(6, 3, 2\)"),
+        ("Samples", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
+        ("Standard", {"scale": 0}, "scale must not be null"),
+        ("Standard", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
+        ("Poles", {"t": [], "w": []}, "a multiple of 12 .* got 0 and 0"),
+        ("Poles", {"t": [1.0] * 11, "w": [1.0] * 11}, "a multiple of 12 .* got 11 and 11"),
+        ("Poles", {"w": [1.0] * 24}, "the same number .* got 12 and 24"),
+        ("Poles", {"t": [1.0] * 48, "w": [1.0] * 48}, "at most 40, got 48 and 48"),
+        ("GramLayer", {"gram": 0}, "gram and h must not be null"),
+        ("GramLayer", {"h": 0}, "gram and h must not be null"),
+        ("GramLayer", {"shape": (1, 0, 0)}, r"n must be in \[1, \d+\] .* got 0"),
+        ("GramLayer", {"shape": (1, -3, -3)}, "got -3"),
+        ("GramLayer", {"shape": (1, TOO_LONG, TOO_LONG)}, f"got {TOO_LONG}"),
+        ("GramLayer", {"shape": (-1, 2, 2)}, "batch must be .* got -1"),
+        ("GramLayer", {"shape": (1, 2, 3)}, r"square, got \(1, 2, 3\)"),
+        ("SampleLayer", {"scale": 0}, "scale and h must not be null"),
+        ("SampleLayer", {"h": 0}, "scale and h must not be null"),
+    ],
 )
+def test_values_check_themselves(name, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        take(name, value(name, **wrong))
+
+
+ARGUMENTS = {
+    "location_scale": {
+        "anchor": AT, "anchor_stride": 3, "location": AT, "scale": AT, "itemsize": 4,
+    },
+    "gram": {"by_samples": True, "out": AT, "out_itemsize": 4},
+    "gram_backward": {"m": AT, "g": AT, "g_stride": 1, "by_samples": True, "out": AT},
+    "rational_cpu": {"layers": [value("GramLayer")], "itemsize": 8, "poles": POLES[torch.float64]},
+    "rational_from_samples_cpu": {
+        "layers": [value("SampleLayer")], "itemsize": 4, "poles": POLES[torch.float32],
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("function", "wrong", "message"),
     [
-        *((name, *bad) for name in ARGUMENTS for bad in BAD_SAMPLES),
+        *((name, {"threads": 0}, "threads must be at least 1, got 0") for name in ARGUMENTS),
+        *((name, {"threads": -5}, "threads must be at least 1, got -5") for name in ARGUMENTS),
+        *(
+            (name, {"x": value("Samples", itemsize=8)}, "float64 samples are standardised in float")
+            for name in ("location_scale", "gram", "gram_backward")
+        ),
         ("location_scale", {"location": 0}, "location must not be null"),
+        ("location_scale", {"scale": 0}, "scale must not be null"),
+        ("location_scale", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
         ("gram", {"out": 0}, "out must not be null"),
         ("gram", {"out_itemsize": 3}, "itemsize must be 4 .* got 3"),
-        ("gram_backward", {"m": 0}, "m.* must not be null"),
-        ("gram_backward", {"g": 0}, "g must not be null"),
+        ("gram_backward", {"m": 0}, "m and g must not be null"),
+        ("gram_backward", {"g": 0}, "m and g must not be null"),
         ("gram_backward", {"out": 0}, "out must not be null"),
+        ("rational_cpu", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
+        ("rational_from_samples_cpu", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
+        ("rational_from_samples_cpu", {"itemsize": 8}, "samples must have itemsize 8, .* got 4"),
     ],
 )
-def test_bad_arguments_of_the_gram_kernels(function, wrong, message):
-    x = torch.zeros(64)
-    addresses = ("x", "anchor", "location", "scale", "m", "g", "out")
-    arguments = {
-        name: x.data_ptr() if value == 1 and name in addresses else value
-        for name, value in {**ARGUMENTS[function], **wrong}.items()
-    }
+def test_bad_arguments_of_functions_of_values(function, wrong, message):
+    arguments = {**ARGUMENTS[function], "threads": 1}
+    if function in ("location_scale", "gram", "gram_backward"):
+        arguments["x"] = value("Samples")
+    if function in ("gram", "gram_backward"):
+        arguments["standard"] = value("Standard")
     with pytest.raises(ValueError, match=message):
-        getattr(_C, function)(*arguments.values())
+        getattr(_C, function)(**{**arguments, **wrong})
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"gram": 0}, "gram and h must not be null"),
-        ({"h": 0}, "gram and h must not be null"),
-        ({"n": 0}, r"n must be in \[1, \d+\] .* got 0"),
-        ({"n": -3}, "got -3"),
-        ({"batch": -1}, "batch must be .* got -1"),
-        ({"itemsize": 2}, "itemsize must be 4 .* got 2"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"t": [], "w": []}, "a multiple of 12 .* got 0 and 0"),
-        ({"t": [1.0] * 11, "w": [1.0] * 11}, "a multiple of 12 .* got 11 and 11"),
-        ({"t": [1.0] * 12, "w": [1.0] * 24}, "the same number .* got 12 and 24"),
-        ({"t": [1.0] * 48, "w": [1.0] * 48}, "at most 40, got 48 and 48"),
-    ],
-)
-def test_bad_arguments_of_the_rational_solver(wrong, message):
-    x = torch.eye(2, dtype=torch.float64)
-    c, t, w = POLES[torch.float64]
-    good = {"gram": x.data_ptr(), "h": x.data_ptr(), "m": 0, "batch": 1, "n": 2, "center": False}
-    good |= {"itemsize": 8, "c": c, "t": t, "w": w, "threads": 1}
-    layer, rest = list({**good, **wrong}.values())[:6], list({**good, **wrong}.values())[6:]
-    with pytest.raises(ValueError, match=message):
-        _C.rational_cpu([tuple(layer)], *rest)
+@pytest.mark.parametrize("function", ["rational_cuda_workspace", "rational_cuda"])
+def test_rational_solver_refuses_a_device_that_is_not_there(function):
+    rest = {} if function.endswith("workspace") else {"workspace": 16, "stream": 0}
+    with pytest.raises(ValueError, match=r"n must be in \[1, 0\] on CUDA device 1000000, got 2"):
+        getattr(_C, function)([value("GramLayer")], POLES[torch.float32], device=10**6, **rest)
 
 
 def test_limits_and_info():

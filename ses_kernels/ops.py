@@ -194,20 +194,28 @@ def _unreadable(*xs: Tensor) -> str | None:
     return None
 
 
-def _samples(x: Tensor, compute: torch.dtype) -> tuple[int, ...]:
-    return x.data_ptr(), x.element_size(), compute.itemsize, x.stride(0), x.stride(1), *x.shape
+# Values as the extension takes them; each checks itself there.
 
 
-def _standard(location: Tensor, scale: Tensor) -> tuple[int, ...]:
+def _samples(x: Tensor) -> tuple:
+    return x.data_ptr(), x.element_size(), x.stride(), x.shape
+
+
+def _standard(location: Tensor, scale: Tensor) -> tuple:
     address = location.data_ptr() if location.shape[1] else 0
-    return address, *location.stride()[:2], scale.data_ptr()
+    return address, location.stride(), scale.data_ptr(), scale.element_size()
+
+
+@functools.cache
+def _poles(gram: torch.dtype, result: torch.dtype):
+    return _C.Poles(*rational_coefficients.columns(gram, result))
 
 
 def _location_scale_cpu(x, anchor, dtype, backend):
     location, scale = _empty_location_scale(x, anchor, dtype, backend)
     _C.location_scale(
-        *_samples(x, dtype), anchor.data_ptr() if anchor.shape[1] else 0, anchor.stride(0),
-        location.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
+        _samples(x), anchor.data_ptr() if anchor.shape[1] else 0, anchor.stride(0),
+        location.data_ptr(), scale.data_ptr(), scale.element_size(), torch.get_num_threads(),
     )  # fmt: skip
     return location, scale
 
@@ -216,7 +224,7 @@ def _gram_cpu(x, location, scale, side, dtype, backend):
     location, scale = location.contiguous(), scale.contiguous()
     gram = _empty_gram(x, location, scale, side, dtype, backend)
     _C.gram(
-        *_samples(x, scale.dtype), *_standard(location, scale), side == "samples",
+        _samples(x), _standard(location, scale), side == "samples",
         gram.data_ptr(), gram.element_size(), torch.get_num_threads(),
     )  # fmt: skip
     return gram
@@ -226,7 +234,7 @@ def _gram_backward_cpu(m, x, location, scale, g, side, backend):
     m, location, scale = m.contiguous(), location.contiguous(), scale.contiguous()
     out = _empty_gram_backward(m, x, location, scale, g, side, backend)
     _C.gram_backward(
-        m.data_ptr(), *_samples(x, scale.dtype), *_standard(location, scale),
+        m.data_ptr(), _samples(x), _standard(location, scale),
         g.data_ptr(), g.stride(0), side == "samples", out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -245,9 +253,11 @@ def _rational_cpu(grams, center, dtype, gradient, backend):
     outputs = _empty_rational(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     _C.rational_cpu(
-        _layers(grams, center, outputs), dtype.itemsize,
-        *rational_coefficients.columns(grams[0].dtype, dtype), torch.get_num_threads(),
-    )  # fmt: skip
+        _layers(grams, center, outputs),
+        dtype.itemsize,
+        _poles(torch.float64, dtype),
+        torch.get_num_threads(),
+    )
     return outputs
 
 
@@ -255,7 +265,7 @@ def _rational_from_samples_cpu(xs, center, gradient, backend):
     outputs = _empty_rational_from_samples(xs, center, gradient, backend)
     layers = [
         (
-            x.data_ptr(), *x.stride()[:2], *x.shape, smaller_side(x) == "samples",
+            _samples(x), smaller_side(x) == "samples",
             location.data_ptr() if center else 0, scale.data_ptr(), h.data_ptr(), m.data_ptr(),
         )
         for i, x in enumerate(xs)
@@ -263,9 +273,8 @@ def _rational_from_samples_cpu(xs, center, gradient, backend):
     ]  # fmt: skip
     compute = widened(xs[0])
     _C.rational_from_samples_cpu(
-        layers, compute.itemsize,
-        *rational_coefficients.columns(torch.float64, compute), torch.get_num_threads(),
-    )  # fmt: skip
+        layers, compute.itemsize, _poles(torch.float64, compute), torch.get_num_threads()
+    )
     return outputs
 
 
@@ -290,19 +299,19 @@ def _rational_cuda(grams, center, dtype, gradient, backend):
     outputs = _empty_rational(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     layers = _layers(grams, center, outputs)
-    poles = rational_coefficients.columns(torch.float32, torch.float32)
+    poles = _poles(torch.float32, torch.float32)
     device = grams[0].device
-    workspace = grams[0].new_empty(_C.rational_cuda_workspace(layers, *poles, device.index))
+    workspace = grams[0].new_empty(_C.rational_cuda_workspace(layers, poles, device.index))
     stream = torch.cuda.current_stream(device).cuda_stream
-    _C.rational_cuda(layers, *poles, workspace.data_ptr(), device.index, stream)
+    _C.rational_cuda(layers, poles, workspace.data_ptr(), device.index, stream)
     return outputs
 
 
 def _layers(grams, center, outputs) -> list[tuple]:
-    """Addresses and sizes as the extension takes them; the address of an empty M is 0."""
+    """The address of an empty M is 0."""
     hs, ms = outputs[: len(grams)], outputs[len(grams) :]
     return [
-        (gram.data_ptr(), h.data_ptr(), m.data_ptr(), *gram.shape[:2], centered)
+        (gram.data_ptr(), gram.shape, h.data_ptr(), m.data_ptr(), centered)
         for gram, h, m, centered in zip(grams, hs, ms, center, strict=True)
     ]
 

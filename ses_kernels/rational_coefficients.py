@@ -19,12 +19,9 @@ The numbers, correctly rounded, are the output of tools/rational_coefficients.py
 and has the sources.
 """
 
-import functools
-
 import torch
 
 
-@functools.cache
 def columns(gram: torch.dtype, result: torch.dtype) -> tuple[float, list[float], list[float]]:
     """c, all t_j and all w_j."""
     c, poles = POLES[gram, result]
