@@ -573,6 +573,21 @@ def test_padding_is_not_pooled(dtype):
                                atol=1e-7 if dtype != torch.bfloat16 else 1e-5)  # fmt: skip
 
 
+def test_padding_under_autocast():
+    """The mean is in float32, though the layer puts out bfloat16."""
+    model, x = Masked(), torch.randn(N, 9, D) + 30
+    mask = torch.arange(9)[None] < torch.arange(N)[:, None] % 9 + 1
+    reg = SESRegularizer(model, layers="linear", lambda_ses=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x, attention_mask=mask)
+        reg.loss()
+    assert y.dtype == torch.bfloat16
+    matrix = (y.double() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    assert reg.entropies["linear"] == pytest.approx(entropy(matrix), abs=1e-5)
+    narrow = entropy(matrix.bfloat16().double())  # what a mean in half precision would give
+    assert abs(narrow - entropy(matrix)) > 1e-3
+
+
 def test_an_encoder_and_a_decoder_have_masks_of_their_own():
     class Net(nn.Module):
         def __init__(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 
 import torch
@@ -249,9 +249,9 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _blocks(x: Tensor) -> Iterator[Tensor]:
+def _rows(x: Tensor) -> int:
     """Some samples at a time: the CPU widens its whole argument first, a map in float32."""
-    return x.split(max(1, _BLOCK // math.prod(x.shape[1:])))
+    return max(1, _BLOCK // math.prod(x.shape[1:]))
 
 
 def _apply(function: type[torch.autograd.Function], *args: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ class _MeanOverPositions(torch.autograd.Function):
         axes = tuple(range(1, x.dim() - 1))
         if x.device.type != "cpu" or x.dtype == _wide(x):
             return x.mean(axes, dtype=_wide(x))
-        return torch.cat([block.mean(axes, dtype=_wide(x)) for block in _blocks(x)])
+        return torch.cat([block.mean(axes, dtype=_wide(x)) for block in x.split(_rows(x))])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -288,15 +288,13 @@ class _MaskedMean(torch.autograd.Function):
     """(N, T, D) and a mask (N, T) -> (N, D), the mean of the tokens that count; 0 for none."""
 
     @staticmethod
+    @context.without_autocast
     def forward(x, mask):
         wide = _wide(x)
-        counts = mask.sum(1, keepdim=True).clamp_min(1)
-        weights = mask.to(wide) / counts  # (N, T)
-        sums = [
-            torch.einsum("nt,ntd->nd", w, block.to(wide))
-            for w, block in zip(weights.split(_rows(x)), x.split(_rows(x)), strict=True)
-        ]
-        return torch.cat(sums)
+        weights = mask.to(wide) / mask.sum(1, keepdim=True).clamp_min(1)  # (N, T)
+        rows = _rows(x) if x.device.type == "cpu" else len(x)
+        blocks = zip(weights.split(rows), x.split(rows), strict=True)
+        return torch.cat([torch.einsum("nt,ntd->nd", w, block.to(wide)) for w, block in blocks])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -310,7 +308,3 @@ class _MaskedMean(torch.autograd.Function):
         # d mean / dx_t = mask_t / sum mask
         g = (g / mask.sum(1, keepdim=True).clamp_min(1)).to(ctx.dtype)
         return mask[:, :, None] * g[:, None, :], None
-
-
-def _rows(x: Tensor) -> int:
-    return max(1, _BLOCK // math.prod(x.shape[1:])) if x.device.type == "cpu" else x.shape[0]
