@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from ses_kernels import context
+from ses_kernels import checks, context
 from ses_kernels.layout import Layout
 
 Pool = str | Callable[[Tensor], Tensor]
 Selector = int | str | Callable | None
 
 NAMES = ("mean", "masked", "none", "tokens", "cls")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 2**16  # elements
 
 
@@ -131,7 +130,7 @@ def _check(x: Tensor, layer: str) -> None:
     elif x.dtype.is_complex:
         what = f"a tensor of {x.dtype}"
         advice = "let select= return torch.view_as_real(x).flatten(-2), or the part that is meant"
-    elif x.dtype not in _DTYPES:
+    elif x.dtype not in checks.FLOATING:
         what = f"a tensor of {x.dtype}"
     elif 0 in x.shape:
         what = f"an empty tensor of shape {tuple(x.shape)}"
