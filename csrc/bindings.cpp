@@ -33,8 +33,8 @@ void check_itemsize(int itemsize) {
 }
 
 // f(float()) or f(double())
-template <typename F>
-void with_number(int itemsize, F f) {
+template <typename Function>
+void with_number(int itemsize, Function f) {
   check_itemsize(itemsize);
   if (itemsize == sizeof(float))
     f(float());
@@ -65,9 +65,9 @@ void check_not_null(const char* names, std::initializer_list<std::uintptr_t> add
     if (address == 0) refuse(std::string(names) + " must not be null");
 }
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+template <typename Pointee>
+Pointee* pointer(std::uintptr_t address) {
+  return reinterpret_cast<Pointee*>(address);
 }
 
 void eigh_cpu(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, int n, int itemsize,
@@ -78,8 +78,9 @@ void eigh_cpu(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch, 
   check_threads(threads);
   const py::gil_scoped_release release;
   with_number(itemsize, [&](auto number) {
-    using T = decltype(number);
-    ses::eigh_cpu(pointer<const T>(a), pointer<T>(w), pointer<T>(v), batch, n, threads);
+    using Scalar = decltype(number);
+    ses::eigh_cpu(pointer<const Scalar>(a), pointer<Scalar>(w), pointer<Scalar>(v), batch, n,
+                  threads);
   });
 }
 
@@ -96,9 +97,9 @@ void eigh_cuda(std::uintptr_t a, std::uintptr_t w, std::uintptr_t v, long batch,
   if (batch > 0) check_not_null("a, w and v", {a, w, v});
   const py::gil_scoped_release release;
   with_number(itemsize, [&](auto number) {
-    using T = decltype(number);
-    ses::eigh_cuda(pointer<const T>(a), pointer<T>(w), pointer<T>(v), batch, n, device,
-                   pointer<void>(stream));
+    using Scalar = decltype(number);
+    ses::eigh_cuda(pointer<const Scalar>(a), pointer<Scalar>(w), pointer<Scalar>(v), batch, n,
+                   device, pointer<void>(stream));
   });
 }
 
@@ -130,9 +131,9 @@ class Samples {
   long batch() const { return shape_[0]; }
   long n(bool by_samples) const { return shape_[by_samples ? 1 : 2]; }
 
-  template <typename T>
-  ses::Samples<T> of() const {
-    return {pointer<const T>(x_), stride_[0], stride_[1], shape_[0], shape_[1], shape_[2]};
+  template <typename Scalar>
+  ses::Samples<Scalar> of() const {
+    return {pointer<const Scalar>(x_), stride_[0], stride_[1], shape_[0], shape_[1], shape_[2]};
   }
 
  private:
@@ -153,9 +154,10 @@ class Standard {
 
   int itemsize() const { return itemsize_; }
 
-  template <typename L>
-  ses::Standard<L> of() const {
-    return {pointer<const L>(location_), stride_[0], stride_[1], pointer<const L>(scale_)};
+  template <typename Number>
+  ses::Standard<Number> of() const {
+    return {pointer<const Number>(location_), stride_[0], stride_[1],
+            pointer<const Number>(scale_)};
   }
 
  private:
@@ -167,18 +169,18 @@ class Standard {
 
 class Poles {
  public:
-  Poles(double c, std::vector<double> t, std::vector<double> w)
-      : c_(c), t_(std::move(t)), w_(std::move(w)) {
+  Poles(double constant, std::vector<double> t, std::vector<double> w)
+      : constant_(constant), t_(std::move(t)), w_(std::move(w)) {
     if (t_.empty() || t_.size() != w_.size() || t_.size() > ses::kMaxPoles || t_.size() % 12 != 0)
       refuse("t and w must have the same number of poles, a multiple of 12 of at most " +
              std::to_string(ses::kMaxPoles) + ", got " + std::to_string(t_.size()) + " and " +
              std::to_string(w_.size()));
   }
 
-  ses::Poles view() const { return {c_, static_cast<int>(t_.size()), t_.data(), w_.data()}; }
+  ses::Poles view() const { return {constant_, static_cast<int>(t_.size()), t_.data(), w_.data()}; }
 
  private:
-  double c_;
+  double constant_;
   std::vector<double> t_, w_;
 };
 
@@ -195,10 +197,11 @@ class GramLayer {
 
   long n() const { return n_; }
 
-  template <typename K, typename M>
-  ses::GramLayer<K, M> of() const {
-    return {pointer<const K>(gram_), pointer<M>(h_), pointer<M>(m_), batch_,
-            static_cast<int>(n_),    center_};
+  template <typename Entry, typename Result>
+  ses::GramLayer<Entry, Result> of() const {
+    return {pointer<const Entry>(gram_), pointer<Result>(h_),
+            pointer<Result>(m_),         batch_,
+            static_cast<int>(n_),        center_};
   }
 
  private:
@@ -226,16 +229,16 @@ class SampleLayer {
     check_n(x_.n(by_samples), INT_MAX, "in a layer");
   }
 
-  template <typename T>
-  ses::SampleLayer<T> of() const {
-    if (x_.itemsize() != sizeof(T))
-      refuse("samples must have itemsize " + std::to_string(sizeof(T)) + ", as the first, got " +
-             std::to_string(x_.itemsize()));
-    return {x_.of<T>(),
+  template <typename Scalar>
+  ses::SampleLayer<Scalar> of() const {
+    if (x_.itemsize() != sizeof(Scalar))
+      refuse("samples must have itemsize " + std::to_string(sizeof(Scalar)) +
+             ", as the first, got " + std::to_string(x_.itemsize()));
+    return {x_.of<Scalar>(),
             side_of(by_samples_),
-            pointer<T>(location_),
-            pointer<T>(scale_),
-            {nullptr, pointer<T>(h_), pointer<T>(m_), x_.batch(),
+            pointer<Scalar>(location_),
+            pointer<Scalar>(scale_),
+            {nullptr, pointer<Scalar>(h_), pointer<Scalar>(m_), x_.batch(),
              static_cast<int>(x_.n(by_samples_)), by_samples_ && location_ != 0}};
   }
 
@@ -245,9 +248,9 @@ class SampleLayer {
   Address location_, scale_, h_, m_;
 };
 
-// f(X(), L()), the types of samples and of the numbers that standardise them
-template <typename F>
-void with_numbers(int x_itemsize, int itemsize, F f) {
+// f(Sample(), Number()), the types of samples and of the numbers that standardise them
+template <typename Function>
+void with_numbers(int x_itemsize, int itemsize, Function f) {
   with_number(itemsize, [&](auto number) {
     if (x_itemsize == sizeof(float))
       f(float(), number);
@@ -267,11 +270,11 @@ void location_scale(const Samples::Parts& x_parts, Address anchor, long anchor_s
   check_not_null("scale", {scale});
   if (anchor != 0) check_not_null("location", {location});
   with_numbers(x.itemsize(), itemsize, [&](auto of_x, auto number) {
-    using X = decltype(of_x);
-    using L = decltype(number);
+    using Sample = decltype(of_x);
+    using Number = decltype(number);
     const py::gil_scoped_release release;
-    ses::location_scale_cpu(x.of<X>(), pointer<const X>(anchor), anchor_stride,
-                            pointer<L>(location), pointer<L>(scale), threads);
+    ses::location_scale_cpu(x.of<Sample>(), pointer<const Sample>(anchor), anchor_stride,
+                            pointer<Number>(location), pointer<Number>(scale), threads);
   });
 }
 
@@ -298,11 +301,12 @@ void gram_backward(Address m, const Samples::Parts& x_parts, const Standard::Par
   check_not_null("m and g", {m, g});
   check_not_null("out", {out});
   with_numbers(x.itemsize(), standard.itemsize(), [&](auto of_x, auto number) {
-    using X = decltype(of_x);
-    using L = decltype(number);
+    using Sample = decltype(of_x);
+    using Number = decltype(number);
     const py::gil_scoped_release release;
-    ses::gram_backward_cpu(pointer<const L>(m), x.of<X>(), standard.of<L>(), pointer<const L>(g),
-                           g_stride, side_of(by_samples), pointer<X>(out), threads);
+    ses::gram_backward_cpu(pointer<const Number>(m), x.of<Sample>(), standard.of<Number>(),
+                           pointer<const Number>(g), g_stride, side_of(by_samples),
+                           pointer<Sample>(out), threads);
   });
 }
 
@@ -310,14 +314,14 @@ void gram_backward(Address m, const Samples::Parts& x_parts, const Standard::Par
 
 using GramLayers = std::vector<GramLayer::Parts>;
 
-template <typename K, typename M>
-std::vector<ses::GramLayer<K, M>> typed(const GramLayers& layers, int max_n,
-                                        const std::string& where) {
-  std::vector<ses::GramLayer<K, M>> result;
+template <typename Entry, typename Result>
+std::vector<ses::GramLayer<Entry, Result>> typed(const GramLayers& layers, int max_n,
+                                                 const std::string& where) {
+  std::vector<ses::GramLayer<Entry, Result>> result;
   for (const auto& parts : layers) {
     const auto layer = std::make_from_tuple<GramLayer>(parts);
     check_n(layer.n(), max_n, where);
-    result.push_back(layer.of<K, M>());
+    result.push_back(layer.of<Entry, Result>());
   }
   return result;
 }
@@ -335,10 +339,10 @@ void rational_from_samples_cpu(const std::vector<SampleLayer::Parts>& layers, in
                                const Poles& poles, int threads) {
   check_threads(threads);
   with_number(itemsize, [&](auto number) {
-    using T = decltype(number);
-    std::vector<ses::SampleLayer<T>> checked;
+    using Scalar = decltype(number);
+    std::vector<ses::SampleLayer<Scalar>> checked;
     for (const auto& parts : layers)
-      checked.push_back(std::make_from_tuple<SampleLayer>(parts).template of<T>());
+      checked.push_back(std::make_from_tuple<SampleLayer>(parts).template of<Scalar>());
     const py::gil_scoped_release release;
     ses::rational_from_samples_cpu(checked.data(), static_cast<int>(checked.size()), poles.view(),
                                    threads);
@@ -367,9 +371,9 @@ void rational_cuda(const GramLayers& layers, const Poles& poles, Address workspa
 py::dict info() {
   py::list archs;
   std::string arch;
-  for (const char c : std::string(SES_CUDA_ARCHS ",")) {
-    if (c != ',') {
-      arch += c;
+  for (const char letter : std::string(SES_CUDA_ARCHS ",")) {
+    if (letter != ',') {
+      arch += letter;
     } else if (!arch.empty()) {
       archs.append(arch);
       arch.clear();
@@ -416,9 +420,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("itemsize"), "The largest n eigh_cpu takes.");
   m.def("max_n_cuda", &max_n_cuda, py::arg("device"), py::arg("itemsize"),
         "The largest n eigh_cuda takes; 0 where it cannot run.");
-  py::class_<Poles>(m, "Poles", "log x ~ c - sum_j w_j / (x + t_j).")
-      .def(py::init<double, std::vector<double>, std::vector<double>>(), py::arg("c"), py::arg("t"),
-           py::arg("w"));
+  py::class_<Poles>(m, "Poles", "log x ~ constant - sum_j w_j / (x + t_j).")
+      .def(py::init<double, std::vector<double>, std::vector<double>>(), py::arg("constant"),
+           py::arg("t"), py::arg("w"));
   m.def("location_scale", &location_scale, py::arg("x"), py::arg("anchor"),
         py::arg("anchor_stride"), py::arg("location"), py::arg("scale"), py::arg("itemsize"),
         py::arg("threads"),

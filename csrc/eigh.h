@@ -44,17 +44,17 @@ static_assert(max_n_for_shared(227 << 10, 4) == 170, "H100: 227 KB");
 // or Inf there gets NaN, and no other does. a [batch, n, n], w [batch, n], v [batch, n, n];
 // contiguous, and v must not overlap a.
 
-// T is float or double. `threads` is an upper bound: small batches start no thread.
-template <typename T>
-void eigh_cpu(const T* a, T* w, T* v, long batch, int n, int threads);
+// Scalar is float or double. `threads` is an upper bound: small batches start no thread.
+template <typename Scalar>
+void eigh_cpu(const Scalar* a, Scalar* w, Scalar* v, long batch, int n, int threads);
 
 // The instruction set eigh_cpu runs with on this machine.
 const char* simd_name();
 
 // Enqueues on the stream (a cudaStream_t) of the device and returns: no allocation, no
 // synchronisation. Throws std::runtime_error when the launch fails or there is no CUDA build.
-template <typename T>
-void eigh_cuda(const T* a, T* w, T* v, long batch, int n, int device, void* stream);
+template <typename Scalar>
+void eigh_cuda(const Scalar* a, Scalar* w, Scalar* v, long batch, int n, int device, void* stream);
 
 // 0 where the CUDA kernels cannot run: no CUDA build, no device, a driver too old, no code for it.
 int max_n_cuda(int device, std::size_t itemsize);

@@ -5,24 +5,24 @@
 
 namespace ses {
 
-// Solves `count` <= `lanes` matrices in lockstep, in `workspace_bytes(n)` of 64-byte aligned
-// memory.
-template <typename T>
-struct GroupKernel {
+// Solves a bundle: `count` <= `lanes` matrices in lockstep, one a lane, in `workspace_bytes(n)` of
+// 64-byte aligned memory.
+template <typename Scalar>
+struct BundleKernel {
   int lanes;
   int unroll;
   long (*workspace_bytes)(int n);
-  void (*run)(const T* a, T* w, T* v, int count, int n, void* workspace);
+  void (*run)(const Scalar* a, Scalar* w, Scalar* v, int count, int n, void* workspace);
 };
 
 // Two registers of lanes, one, and half a one for batches that would not fill it.
-constexpr int kGroupWidths = 3;
+constexpr int kBundleSizes = 3;
 
-template <typename T>
-struct GroupKernels {
-  GroupKernel<T> width[kGroupWidths];  // widest first
+template <typename Scalar>
+struct BundleKernels {
+  BundleKernel<Scalar> of_size[kBundleSizes];  // largest first
 };
 
-SES_DECLARE_FOR_EACH_ISA(template <typename T> const GroupKernels<T>& group_kernels();)
+SES_DECLARE_FOR_EACH_ISA(template <typename Scalar> const BundleKernels<Scalar>& bundle_kernels();)
 
 }  // namespace ses

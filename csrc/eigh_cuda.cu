@@ -16,8 +16,8 @@ namespace {
 // Without opting in to more, a block has this much shared memory on every device.
 constexpr std::size_t kDefaultSharedBytes = 48 << 10;
 
-template <typename T>
-constexpr int kWarpsPerBlock = 16 / sizeof(T);
+template <typename Scalar>
+constexpr int kWarpsPerBlock = 16 / sizeof(Scalar);
 
 static_assert(kWarpsPerBlock<float> * jacobi_shared_bytes(kMaxNWarp, sizeof(float)) <=
                   kDefaultSharedBytes,
@@ -35,27 +35,29 @@ int block_threads(int n) { return n <= 64 ? kMaxThreads / 2 : kMaxThreads; }
 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
-template <typename T>
-__global__ void __launch_bounds__(32 * kWarpsPerBlock<T>)
-    eigh_warp(const T* a, T* w, T* v, long batch, int n) {  // [batch, n, n], [batch, n], as a
+template <typename Scalar>
+__global__ void __launch_bounds__(32 * kWarpsPerBlock<Scalar>)
+    eigh_warp(const Scalar* a, Scalar* w, Scalar* v, long batch,
+              int n) {  // [batch, n, n], [batch, n], as a
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const long matrix = static_cast<long>(blockIdx.x) * kWarpsPerBlock<T> + warp;
+  const long matrix = static_cast<long>(blockIdx.x) * kWarpsPerBlock<Scalar> + warp;
   if (matrix >= batch) return;
   const long size = static_cast<long>(n) * n;
-  T* shared = reinterpret_cast<T*>(shared_bytes + warp * jacobi_shared_bytes(n, sizeof(T)));
+  Scalar* shared =
+      reinterpret_cast<Scalar*>(shared_bytes + warp * jacobi_shared_bytes(n, sizeof(Scalar)));
   jacobi::eigh(WarpGroup(), a + matrix * size, w + matrix * n, v + matrix * size, n, shared);
 }
 
-template <typename T>
+template <typename Scalar>
 __global__ void __launch_bounds__(kMaxThreads)
-    eigh_block(const T* a, T* w, T* v, int n) {  // [batch, n, n], [batch, n], as a
+    eigh_block(const Scalar* a, Scalar* w, Scalar* v, int n) {  // [batch, n, n], [batch, n], as a
   const long matrix = blockIdx.x, size = static_cast<long>(n) * n;
   jacobi::eigh(BlockGroup(), a + matrix * size, w + matrix * n, v + matrix * size, n,
-               reinterpret_cast<T*>(shared_bytes));
+               reinterpret_cast<Scalar*>(shared_bytes));
 }
 
 // Also loads both kernels, which a later call under graph capture then need not do.
-template <typename T>
+template <typename Scalar>
 int query_max_n(int device) {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || device < 0 || device >= count) {
@@ -64,23 +66,23 @@ int query_max_n(int device) {
   }
   DeviceGuard guard(device);
   cudaFuncAttributes warp{}, block{};
-  if (cudaFuncGetAttributes(&warp, eigh_warp<T>) != cudaSuccess ||
-      cudaFuncGetAttributes(&block, eigh_block<T>) != cudaSuccess) {
+  if (cudaFuncGetAttributes(&warp, eigh_warp<Scalar>) != cudaSuccess ||
+      cudaFuncGetAttributes(&block, eigh_block<Scalar>) != cudaSuccess) {
     cudaGetLastError();
     return 0;
   }
   int bytes = 0;
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "eigh_cuda: cudaDevAttrMaxSharedMemoryPerBlockOptin");
-  return max_n_for_shared(static_cast<std::size_t>(bytes) - block.sharedSizeBytes, sizeof(T));
+  return max_n_for_shared(static_cast<std::size_t>(bytes) - block.sharedSizeBytes, sizeof(Scalar));
 }
 
-template <typename T>
+template <typename Scalar>
 int cached_max_n(int device) {
   constexpr int kDevices = 64;
   static std::atomic<int> cache[kDevices];  // max n + 1; 0 is "not asked yet"
-  if (device < 0 || device >= kDevices) return query_max_n<T>(device);
-  if (cache[device] == 0) cache[device] = query_max_n<T>(device) + 1;
+  if (device < 0 || device >= kDevices) return query_max_n<Scalar>(device);
+  if (cache[device] == 0) cache[device] = query_max_n<Scalar>(device) + 1;
   return cache[device] - 1;
 }
 
@@ -90,26 +92,26 @@ int max_n_cuda(int device, std::size_t itemsize) {
   return itemsize == sizeof(float) ? cached_max_n<float>(device) : cached_max_n<double>(device);
 }
 
-template <typename T>
-void eigh_cuda(const T* a, T* w, T* v, long batch, int n, int device, void* stream) {
+template <typename Scalar>
+void eigh_cuda(const Scalar* a, Scalar* w, Scalar* v, long batch, int n, int device, void* stream) {
   if (batch == 0) return;
   DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  const std::size_t bytes = jacobi_shared_bytes(n, sizeof(T));
+  const std::size_t bytes = jacobi_shared_bytes(n, sizeof(Scalar));
   if (n <= kMaxNWarp) {
-    constexpr int kWarps = kWarpsPerBlock<T>;
+    constexpr int kWarps = kWarpsPerBlock<Scalar>;
     const auto blocks = static_cast<unsigned>((batch + kWarps - 1) / kWarps);
-    eigh_warp<T><<<blocks, 32 * kWarps, kWarps * bytes, on>>>(a, w, v, batch, n);
+    eigh_warp<Scalar><<<blocks, 32 * kWarps, kWarps * bytes, on>>>(a, w, v, batch, n);
   } else {
     if (bytes > kDefaultSharedBytes) {
-      check(cudaFuncSetAttribute(eigh_block<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+      check(cudaFuncSetAttribute(eigh_block<Scalar>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(bytes)),
             "eigh_cuda: shared memory for this n");
     }
-    eigh_block<T><<<static_cast<unsigned>(batch), block_threads(n), bytes, on>>>(a, w, v, n);
+    eigh_block<Scalar><<<static_cast<unsigned>(batch), block_threads(n), bytes, on>>>(a, w, v, n);
   }
   std::ostringstream what;
-  what << "eigh_cuda: launch for batch " << batch << ", n " << n << ", itemsize " << sizeof(T)
+  what << "eigh_cuda: launch for batch " << batch << ", n " << n << ", itemsize " << sizeof(Scalar)
        << " on device " << device;
   check(cudaPeekAtLastError(), what.str().c_str());
 }

@@ -8,8 +8,8 @@ namespace ses {
 
 int max_n_cuda(int, std::size_t) { return 0; }
 
-template <typename T>
-void eigh_cuda(const T*, T*, T*, long, int, int, void*) {
+template <typename Scalar>
+void eigh_cuda(const Scalar*, Scalar*, Scalar*, long, int, int, void*) {
   throw std::runtime_error("eigh_cuda: this build has no CUDA kernels");
 }
 

@@ -33,7 +33,7 @@ SES_HOST_DEVICE inline int exponent_of(double x) { return ilogb(x); }
 SES_HOST_DEVICE inline float times_power_of_two(float x, int k) { return scalbnf(x, k); }
 SES_HOST_DEVICE inline double times_power_of_two(double x, int k) { return scalbn(x, k); }
 
-template <typename T>
+template <typename Scalar>
 struct Limits;
 template <>
 struct Limits<float> {
@@ -80,15 +80,15 @@ struct FlatIndex {
 };
 
 // A rotation by the angle phi as Rutishauser writes it (Numer. Math. 9, 1966), s = sin phi and
-// tau = tan(phi / 2) = s / (1 + c): what it changes is computed, not what it leaves. With c = cos
+// tau = tan(phi / 2) = s / (1 + cos phi): what it changes is computed, not what it leaves. With cos
 // phi rounded, to 1 for a small angle, every rotation would lengthen the vectors by up to s^2 / 2.
-template <typename T>
+template <typename Scalar>
 struct Rotation {
-  T s, tau;
+  Scalar s, tau;
 
-  // (x, y) <- (c x - s y, s x + c y)
-  SES_HOST_DEVICE void apply(T& x, T& y) const {
-    const T old_x = x;
+  // (x, y) <- (cos phi x - s y, s x + cos phi y)
+  SES_HOST_DEVICE void apply(Scalar& x, Scalar& y) const {
+    const Scalar old_x = x;
     x = fused(-s, fused(tau, x, y), x);
     y = fused(s, fused(-tau, y, old_x), y);
   }
@@ -96,40 +96,40 @@ struct Rotation {
 
 // Chooses the rotation that annihilates a[p, q], applies it to the diagonal, and reports whether
 // there was anything to annihilate.
-template <typename T>
-SES_HOST_DEVICE bool make_rotation(T* a, int players, Pair pair, Rotation<T>* rotation) {
-  T* pp = a + pair.p * players + pair.p;
-  T* qq = a + pair.q * players + pair.q;
-  T* pq = a + pair.p * players + pair.q;
-  const T apq = *pq, size = magnitude(apq);
+template <typename Scalar>
+SES_HOST_DEVICE bool make_rotation(Scalar* a, int players, Pair pair, Rotation<Scalar>* rotation) {
+  Scalar* pp = a + pair.p * players + pair.p;
+  Scalar* qq = a + pair.q * players + pair.q;
+  Scalar* pq = a + pair.p * players + pair.q;
+  const Scalar apq = *pq, size = magnitude(apq);
   // Relative to the pair's own diagonal, so that a graded matrix keeps its small eigenvalues; and
   // to the norm, which is near 1, so that a singular one converges.
-  const T eps = Limits<T>::kEps;
+  const Scalar eps = Limits<Scalar>::kEps;
   if (size <= eps / 4 || size * size <= (eps * eps) * magnitude(*pp) * magnitude(*qq)) {
-    *rotation = {T(0), T(0)};
+    *rotation = {Scalar(0), Scalar(0)};
     return false;
   }
   // The smaller of the two angles: t = tan phi, |t| <= 1.
-  const T theta = (*qq - *pp) / (2 * apq);
-  const T root = magnitude(theta) + square_root(fused(theta, theta, T(1)));
-  const T t = (theta < 0 ? T(-1) : T(1)) / root;
-  const T c = 1 / square_root(fused(t, t, T(1))), s = t * c;
-  *rotation = {s, s / (1 + c)};
+  const Scalar theta = (*qq - *pp) / (2 * apq);
+  const Scalar root = magnitude(theta) + square_root(fused(theta, theta, Scalar(1)));
+  const Scalar t = (theta < 0 ? Scalar(-1) : Scalar(1)) / root;
+  const Scalar cosine = 1 / square_root(fused(t, t, Scalar(1))), s = t * cosine;
+  *rotation = {s, s / (1 + cosine)};
   *pp = fused(-t, apq, *pp);
   *qq = fused(t, apq, *qq);
-  *pq = T(0);
-  a[pair.q * players + pair.p] = T(0);
+  *pq = Scalar(0);
+  a[pair.q * players + pair.p] = Scalar(0);
   return true;
 }
 
 // a' = J_k^T a J_l for the 2 x 2 block where the rows of pair k meet the columns of pair l, and its
 // mirror image.
-template <typename T>
-SES_HOST_DEVICE void rotate_block(T* a, int players, Pair k, Pair l, Rotation<T> rotation_k,
-                                  Rotation<T> rotation_l) {
+template <typename Scalar>
+SES_HOST_DEVICE void rotate_block(Scalar* a, int players, Pair k, Pair l,
+                                  Rotation<Scalar> rotation_k, Rotation<Scalar> rotation_l) {
   if (rotation_k.s == 0 && rotation_l.s == 0) return;
-  T pp = a[k.p * players + l.p], pq = a[k.p * players + l.q];
-  T qp = a[k.q * players + l.p], qq = a[k.q * players + l.q];
+  Scalar pp = a[k.p * players + l.p], pq = a[k.p * players + l.q];
+  Scalar qp = a[k.q * players + l.p], qq = a[k.q * players + l.q];
   rotation_k.apply(pp, qp);
   rotation_k.apply(pq, qq);
   rotation_l.apply(pp, pq);
@@ -142,34 +142,34 @@ SES_HOST_DEVICE void rotate_block(T* a, int players, Pair k, Pair l, Rotation<T>
 
 // Copies the lower triangle, scaled by a power of two so that squares stay in range, and sets v to
 // the identity. Returns whether all was finite; *exponent is that of the largest entry.
-template <typename T, typename Group>
-SES_HOST_DEVICE bool load(const Group& group, const T* input, int n, int players, T* a, T* v,
-                          T* scratch, int* exponent) {
+template <typename Scalar, typename Group>
+SES_HOST_DEVICE bool load(const Group& group, const Scalar* input, int n, int players, Scalar* a,
+                          Scalar* v, Scalar* scratch, int* exponent) {
   const int rank = group.thread_rank(), threads = group.num_threads();
   for (FlatIndex at(rank, threads, players); at.outer < players; at.next()) {
     const int i = at.outer, j = at.inner;
-    v[i * players + j] = T(i == j);
+    v[i * players + j] = Scalar(i == j);
     if (j > i) continue;
-    const T x = i < n ? input[static_cast<size_t>(i) * n + j] : T(0);
+    const Scalar x = i < n ? input[static_cast<size_t>(i) * n + j] : Scalar(0);
     a[i * players + j] = x;
     a[j * players + i] = x;
   }
   group.sync();
   for (int j = rank; j < players; j += threads) {
-    T largest = 0;
+    Scalar largest = 0;
     for (int i = 0; i < players; ++i) {
-      const T x = magnitude(a[i * players + j]);
+      const Scalar x = magnitude(a[i * players + j]);
       largest = x > largest || x != x ? x : largest;  // a NaN stays: nothing is above it
     }
     scratch[j] = largest;
   }
   group.sync();
-  T largest = 0;
+  Scalar largest = 0;
   for (int j = 0; j < players; ++j) {
-    const T x = scratch[j];
+    const Scalar x = scratch[j];
     largest = x > largest || x != x ? x : largest;
   }
-  if (!(largest <= Limits<T>::kMax)) return false;
+  if (!(largest <= Limits<Scalar>::kMax)) return false;
   *exponent = largest > 0 ? exponent_of(largest) : 0;
   for (int i = rank; i < players * players; i += threads)
     a[i] = times_power_of_two(a[i], -*exponent);
@@ -178,9 +178,9 @@ SES_HOST_DEVICE bool load(const Group& group, const T* input, int n, int players
 }
 
 // Rotates until a sweep finds nothing to annihilate; false if that never happens.
-template <typename T, typename Group>
-SES_HOST_DEVICE bool diagonalise(const Group& group, int n, int players, T* a, T* v,
-                                 Rotation<T>* rotations) {
+template <typename Scalar, typename Group>
+SES_HOST_DEVICE bool diagonalise(const Group& group, int n, int players, Scalar* a, Scalar* v,
+                                 Rotation<Scalar>* rotations) {
   const int rank = group.thread_rank(), threads = group.num_threads();
   const int pairs = players / 2;
   // Blocks (k, k + 1), (k, k + 2), ... around the circle: each unordered pair of pairs once.
@@ -203,7 +203,7 @@ SES_HOST_DEVICE bool diagonalise(const Group& group, int n, int players, T* a, T
       for (at = start; at.outer < n; at.next()) {
         if (rotations[at.inner].s == 0) continue;
         const Pair pair = tournament(round, at.inner, players);
-        T* row = v + at.outer * players;
+        Scalar* row = v + at.outer * players;
         rotations[at.inner].apply(row[pair.p], row[pair.q]);
       }
       group.sync();
@@ -213,30 +213,33 @@ SES_HOST_DEVICE bool diagonalise(const Group& group, int n, int players, T* a, T
   return false;
 }
 
-// One matrix. `shared` is jacobi_shared_bytes(n, sizeof(T)) of memory the whole group sees.
-template <typename T, typename Group>
-SES_HOST_DEVICE void eigh(const Group& group, const T* input, T* w, T* output, int n, T* shared) {
-  static_assert(sizeof(int) <= sizeof(T), "the order of the columns shares the scratch row");
+// One matrix. `shared` is jacobi_shared_bytes(n, sizeof(Scalar)) of memory the whole group sees.
+template <typename Scalar, typename Group>
+SES_HOST_DEVICE void eigh(const Group& group, const Scalar* input, Scalar* w, Scalar* output, int n,
+                          Scalar* shared) {
+  static_assert(sizeof(int) <= sizeof(Scalar), "the order of the columns shares the scratch row");
   const int rank = group.thread_rank(), threads = group.num_threads();
   const int players = jacobi_players(n);
-  T* a = shared;                       // [players, players]
-  T* v = a + players * players;        // [players, players]
-  T* scratch = v + players * players;  // [players]: column maxima, then rotations, then the order
+  Scalar* a = shared;                 // [players, players]
+  Scalar* v = a + players * players;  // [players, players]
+  Scalar* scratch =
+      v + players * players;  // [players]: column maxima, then rotations, then the order
   int exponent = 0;
-  const bool solved = load(group, input, n, players, a, v, scratch, &exponent) &&
-                      diagonalise(group, n, players, a, v, reinterpret_cast<Rotation<T>*>(scratch));
+  const bool solved =
+      load(group, input, n, players, a, v, scratch, &exponent) &&
+      diagonalise(group, n, players, a, v, reinterpret_cast<Rotation<Scalar>*>(scratch));
   if (!solved) {
-    for (int i = rank; i < n * n; i += threads) output[i] = static_cast<T>(NAN);
-    for (int i = rank; i < n; i += threads) w[i] = static_cast<T>(NAN);
+    for (int i = rank; i < n * n; i += threads) output[i] = static_cast<Scalar>(NAN);
+    for (int i = rank; i < n; i += threads) w[i] = static_cast<Scalar>(NAN);
     return;
   }
   // Every thread ranks its own eigenvalues by counting: no exchange, and ties keep their order.
   int* order = reinterpret_cast<int*>(scratch);  // [n]
   for (int j = rank; j < n; j += threads) {
-    const T value = a[j * players + j];
+    const Scalar value = a[j * players + j];
     int position = 0;
     for (int i = 0; i < n; ++i) {
-      const T other = a[i * players + i];
+      const Scalar other = a[i * players + i];
       position += other < value || (other == value && i < j);
     }
     w[position] = times_power_of_two(value, exponent);

@@ -18,16 +18,16 @@ constexpr int kMaxNCpu = 128;
 constexpr int kMaxNTwoRegisters = 64;
 
 // The rational solver: side by side is the faster for half the lanes and more, until the workspace
-// has left the L2 cache; of small matrices, two groups together. `python -m bench -k solver`
+// has left the L2 cache; of small matrices, two bundles together. `python -m bench -k solver`
 constexpr int kMaxNInterleaved = 96;
-constexpr int kMaxNTwoGroups = 12;
+constexpr int kMaxNTwoBundles = 12;
 
 // ---- nanoseconds of one thread, to share out work: `python -m bench -k "eigh or solver"` ----
 
 // What starting a team has to be worth.
 constexpr double kTeamNanoseconds = 2e4;
 
-// eigh of one group: about 5 n^3 multiply-adds a register, and 60 n^2 cycles in which the QL
+// eigh of one bundle: about 5 n^3 multiply-adds a register, and 60 n^2 cycles in which the QL
 // recurrence waits for itself, whatever the width.
 static inline constexpr double eigh_nanoseconds(double n, int registers) {
   return 0.3 * (5 * n * registers + 60) * n * n;

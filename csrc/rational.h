@@ -1,5 +1,6 @@
-// The entropy of Gram matrices by partial fractions of the logarithm, log x ~ c - sum_j w_j /
-// (x + t_j), seen from every side: plain pointers and sizes; no Python, no torch, no CUDA header.
+// The entropy of Gram matrices by partial fractions of the logarithm, log x ~ constant - sum_j
+// w_j / (x + t_j), seen from every side: plain pointers and sizes; no Python, no torch, no CUDA
+// header.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,7 @@ namespace ses {
 constexpr int kMaxPoles = 40;
 
 struct Poles {
-  double c;
+  double constant;
   int count;        // <= kMaxPoles
   const double* t;  // [count] ascending, > 0; host memory, as w
   const double* w;  // [count] > 0
@@ -18,11 +19,11 @@ struct Poles {
 // H = -tr(P log P) and M = dH/dK = -(log P + H I) / tr K, P = K / tr K, of symmetric positive
 // semidefinite matrices K. tr K = 0 gives H = 0 and M = 0; NaN or Inf gives that matrix NaN, and no
 // other.
-template <typename K, typename M>
+template <typename Entry, typename Result>
 struct GramLayer {
-  const K* gram;  // [batch, n, n], contiguous
-  M* h;           // [batch]
-  M* m;           // [batch, n, n], contiguous; null: entropy alone
+  const Entry* gram;  // [batch, n, n], contiguous
+  Result* h;          // [batch]
+  Result* m;          // [batch, n, n], contiguous; null: entropy alone
   long batch;
   int n;
   bool center = false;  // J M J instead of M, J = I - 11^T / n

@@ -15,8 +15,8 @@
 namespace ses {
 namespace {
 
-template <typename M>
-Arrangement arrangement_of(const GramLayer<double, M>& layer) {
+template <typename Result>
+Arrangement arrangement_of(const GramLayer<double, Result>& layer) {
   return ses::arrangement_of(layer.n, layer.batch);
 }
 
@@ -27,21 +27,21 @@ struct Solve {
   int count;
 };
 
-struct SolvePlan {
+struct Schedule {
   std::vector<Solve> tasks;
   int workers;
 };
 
 // The largest matrices first, so that none of them is the last to be taken; small ones by the
 // dozen. grams.nanoseconds(layer) is what one Gram matrix takes.
-template <typename M, typename Grams>
-SolvePlan make_solve_plan(const GramLayer<double, M>* layers, int count, int threads,
-                          const Grams& grams) {
+template <typename Result, typename Grams>
+Schedule make_schedule(const GramLayer<double, Result>* layers, int count, int threads,
+                       const Grams& grams) {
   std::vector<int> order(static_cast<std::size_t>(count));
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int one, int other) { return layers[one].n > layers[other].n; });
-  SolvePlan plan{};
+  Schedule schedule{};
   double work = 0;
   for (const int i : order) {
     const double nanoseconds = rational_nanoseconds(layers[i].n) + grams.nanoseconds(i);
@@ -50,34 +50,34 @@ SolvePlan make_solve_plan(const GramLayer<double, M>* layers, int count, int thr
     const double calls = kTeamNanoseconds / (nanoseconds * static_cast<double>(together));
     const long step = together * std::max(1L, static_cast<long>(calls));
     for (long first = 0; first < batch; first += step)
-      plan.tasks.push_back({i, first, static_cast<int>(std::min(step, batch - first))});
+      schedule.tasks.push_back({i, first, static_cast<int>(std::min(step, batch - first))});
     work += static_cast<double>(batch) * nanoseconds;
   }
-  plan.workers = workers_for(work, threads);
-  return plan;
+  schedule.workers = workers_for(work, threads);
+  return schedule;
 }
 
 // grams(layer, first, count, memory) arranges Gram matrices at the beginning of `memory`, which has
 // grams.bytes(layer), a multiple of 64.
-template <typename M, typename Grams>
-void solve(const GramLayer<double, M>* layers, int count, const SolvePlan& plan, const Poles& poles,
-           const Grams& grams) {
-  const RationalKernel<M>& kernel = SES_KERNELS_HERE(rational_kernel<M>);
+template <typename Result, typename Grams>
+void solve(const GramLayer<double, Result>* layers, int count, const Schedule& schedule,
+           const Poles& poles, const Grams& grams) {
+  const RationalKernel<Result>& kernel = SES_KERNELS_HERE(rational_kernel<Result>);
   long for_grams = 0, for_kernel = 0;
   for (int i = 0; i < count; ++i) {
     for_grams = std::max(for_grams, grams.bytes(i));
     for_kernel = std::max(
         for_kernel, kernel.workspace_bytes(arrangement_of(layers[i]), layers[i].n, poles.count));
   }
-  const Workspaces workspaces(for_grams + for_kernel, plan.workers);
-  parallel(plan.workers, static_cast<long>(plan.tasks.size()), [&](int worker, long i) {
-    const Solve& task = plan.tasks[i];
-    const GramLayer<double, M>& layer = layers[task.layer];
+  const Workspaces workspaces(for_grams + for_kernel, schedule.workers);
+  parallel(schedule.workers, static_cast<long>(schedule.tasks.size()), [&](int worker, long i) {
+    const Solve& task = schedule.tasks[i];
+    const GramLayer<double, Result>& layer = layers[task.layer];
     const Arrangement arrangement = arrangement_of(layer);
     const long end = task.first + task.count, step = together(arrangement, layer.n);
     char* memory = static_cast<char*>(workspaces[worker]);
     for (long first = task.first; first < end; first += step) {
-      GramLayer<double, M> part = layer;
+      GramLayer<double, Result> part = layer;
       part.batch = std::min(step, end - first);
       grams(task.layer, first, static_cast<int>(part.batch), memory);
       part.gram = reinterpret_cast<const double*>(memory);
@@ -88,31 +88,31 @@ void solve(const GramLayer<double, M>* layers, int count, const SolvePlan& plan,
   });
 }
 
-template <typename M>
-long arranged_bytes(const GramLayer<double, M>& layer) {
+template <typename Result>
+long arranged_bytes(const GramLayer<double, Result>& layer) {
   return arranged_doubles(arrangement_of(layer), layer.n) * static_cast<long>(sizeof(double));
 }
 
 // As they were given.
-template <typename M>
+template <typename Result>
 struct GivenGrams {
-  const GramLayer<double, M>* layers;
+  const GramLayer<double, Result>* layers;
 
   long bytes(int i) const { return arranged_bytes(layers[i]); }
   double nanoseconds(int) const { return 0; }
   void operator()(int i, long first, int count, void* memory) const {
     const int n = layers[i].n;
     const double* grams = layers[i].gram + first * n * n;
-    SES_KERNELS_HERE(rational_kernel<M>)
+    SES_KERNELS_HERE(rational_kernel<Result>)
         .arrange(arrangement_of(layers[i]), grams, count, n, static_cast<double*>(memory));
   }
 };
 
 // Made by the worker that needs them, which then has them in its cache.
-template <typename T>
+template <typename Scalar>
 struct MadeGrams {
-  const SampleLayer<T>* layers;
-  const GramKernels<T, T>& kernels;
+  const SampleLayer<Scalar>* layers;
+  const GramKernels<Scalar, Scalar>& kernels;
 
   long bytes(int i) const {
     const auto& result = layers[i].result;
@@ -123,14 +123,14 @@ struct MadeGrams {
     return product_nanoseconds(n, layers[i].x.rows * layers[i].x.columns / n);
   }
   void operator()(int i, long first, int count, void* memory) const {
-    const SampleLayer<T>& layer = layers[i];
-    const Samples<T>& x = layer.x;
+    const SampleLayer<Scalar>& layer = layers[i];
+    const Samples<Scalar>& x = layer.x;
     const bool center = layer.location != nullptr;
     for (long b = first; b < first + count; ++b)
       layer.scale[b] = kernels.inverse_power_of_two(
           kernels.locate(x, b, 0, x.columns, center ? x.x + b * x.matrix_stride : nullptr,
                          center ? layer.location + 2 * b * x.columns : nullptr));
-    const Standard<T> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
+    const Standard<Scalar> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
     kernels.gram_arranged(arrangement_of(layer.result), x, standard, layer.side, first, count,
                           static_cast<double*>(memory),
                           static_cast<char*>(memory) + arranged_bytes(layer.result));
@@ -139,37 +139,38 @@ struct MadeGrams {
 
 }  // namespace
 
-template <typename M>
-void rational_cpu(const GramLayer<double, M>* layers, int count, const Poles& poles, int threads) {
-  const GivenGrams<M> given{layers};
-  solve(layers, count, make_solve_plan(layers, count, threads, given), poles, given);
+template <typename Result>
+void rational_cpu(const GramLayer<double, Result>* layers, int count, const Poles& poles,
+                  int threads) {
+  const GivenGrams<Result> given{layers};
+  solve(layers, count, make_schedule(layers, count, threads, given), poles, given);
 }
 
 template void rational_cpu(const GramLayer<double, float>*, int, const Poles&, int);
 template void rational_cpu(const GramLayer<double, double>*, int, const Poles&, int);
 
-template <typename T>
-void rational_from_samples_cpu(const SampleLayer<T>* layers, int count, const Poles& poles,
+template <typename Scalar>
+void rational_from_samples_cpu(const SampleLayer<Scalar>* layers, int count, const Poles& poles,
                                int threads) {
-  std::vector<GramLayer<double, T>> results;
+  std::vector<GramLayer<double, Scalar>> results;
   long entries = 0;
   for (int i = 0; i < count; ++i) {
     results.push_back(layers[i].result);
     entries += results[i].batch * results[i].n * results[i].n;
   }
-  const MadeGrams<T> made{layers, SES_KERNELS_HERE(gram_kernels<T, T>)};
-  const SolvePlan plan = make_solve_plan(results.data(), count, threads, made);
-  if (plan.workers == 1 || static_cast<int>(plan.tasks.size()) >= 4 * plan.workers)
-    return solve(results.data(), count, plan, poles, made);
+  const MadeGrams<Scalar> made{layers, SES_KERNELS_HERE(gram_kernels<Scalar, Scalar>)};
+  const Schedule schedule = make_schedule(results.data(), count, threads, made);
+  if (schedule.workers == 1 || static_cast<int>(schedule.tasks.size()) >= 4 * schedule.workers)
+    return solve(results.data(), count, schedule, poles, made);
   // Too few for equal shares: all workers make one Gram matrix after the other.
   const std::unique_ptr<double[]> grams(new double[static_cast<std::size_t>(entries)]);
   double* gram = grams.get();
   for (int i = 0; i < count; ++i) {
-    const SampleLayer<T>& layer = layers[i];
-    const Samples<T>& x = layer.x;
+    const SampleLayer<Scalar>& layer = layers[i];
+    const Samples<Scalar>& x = layer.x;
     location_scale_cpu(x, layer.location == nullptr ? nullptr : x.x, x.matrix_stride,
                        layer.location, layer.scale, threads);
-    const Standard<T> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
+    const Standard<Scalar> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
     gram_cpu(x, standard, layer.side, gram, threads);
     results[i].gram = gram;
     gram += results[i].batch * results[i].n * results[i].n;

@@ -8,22 +8,24 @@
 
 namespace ses {
 
-// One call for all layers; M is float or double.
-template <typename M>
-void rational_cpu(const GramLayer<double, M>* layers, int count, const Poles& poles, int threads);
+// One call for all layers; Result is float or double.
+template <typename Result>
+void rational_cpu(const GramLayer<double, Result>* layers, int count, const Poles& poles,
+                  int threads);
 
-template <typename M>
+template <typename Result>
 struct RationalKernel {
   // [count, n, n], as many as go together; reads the lower triangles. Lanes left over get the first
   // matrix.
   void (*arrange)(Arrangement arrangement, const double* grams, int count, int n, double* out);
-  long (*workspace_bytes)(Arrangement arrangement, int n, int poles);
+  long (*workspace_bytes)(Arrangement arrangement, int n, int pole_count);
   // As many matrices as go together, arranged; their gram and the workspace are aligned to 64
   // bytes.
-  void (*run)(Arrangement arrangement, const GramLayer<double, M>& layer, const Poles& poles,
+  void (*run)(Arrangement arrangement, const GramLayer<double, Result>& layer, const Poles& poles,
               void* workspace);
 };
 
-SES_DECLARE_FOR_EACH_ISA(template <typename M> const RationalKernel<M>& rational_kernel();)
+SES_DECLARE_FOR_EACH_ISA(template <typename Result>
+                         const RationalKernel<Result>& rational_kernel();)
 
 }  // namespace ses

@@ -143,7 +143,7 @@ int processors_of(int device) {
 
 }  // namespace
 
-int max_n_rational_cuda(int device) { return processors_of(device) > 0 ? sweep::Huge::kSide : 0; }
+int max_n_rational_cuda(int device) { return processors_of(device) > 0 ? sweep::Huge::kMaxN : 0; }
 
 std::size_t rational_cuda_workspace(const GramLayer<float, float>* layers, int count,
                                     const Poles& poles, int device) {

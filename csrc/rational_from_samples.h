@@ -7,19 +7,19 @@
 
 namespace ses {
 
-template <typename T>
+template <typename Scalar>
 struct SampleLayer {
-  Samples<T> x;
+  Samples<Scalar> x;
   Side side;
-  T* location;                  // [batch, 2, columns]; null: no centring
-  T* scale;                     // [batch]
-  GramLayer<double, T> result;  // its gram is null
+  Scalar* location;                  // [batch, 2, columns]; null: no centring
+  Scalar* scale;                     // [batch]
+  GramLayer<double, Scalar> result;  // its gram is null
 };
 
 // location_scale_cpu with the first row of each matrix for its anchor, gram_cpu in double and
 // rational_cpu, to the same bits.
-template <typename T>
-void rational_from_samples_cpu(const SampleLayer<T>* layers, int count, const Poles& poles,
+template <typename Scalar>
+void rational_from_samples_cpu(const SampleLayer<Scalar>* layers, int count, const Poles& poles,
                                int threads);
 
 }  // namespace ses

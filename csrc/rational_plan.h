@@ -37,13 +37,13 @@ auto with_method(int method, const Use& use) {
                        : use(Huge());
 }
 
-inline int side_of(int method) {
-  return with_method(method, [](auto m) { return m.kSide; });
+inline int max_n_of(int method) {
+  return with_method(method, [](auto chosen) { return chosen.kMaxN; });
 }
 
 inline int method_for(int n) {
   int method = 0;
-  while (side_of(method) < n) ++method;
+  while (max_n_of(method) < n) ++method;
   return method;
 }
 
@@ -58,9 +58,9 @@ struct Launch {
 constexpr double kLargePole = 0.05;  // P + t_j I is then nearer to t_j I than to P
 
 // Cuts one allocation into pieces of whole 16 bytes; counts alone where there is none yet.
-class Workspace {
+class Arena {
  public:
-  explicit Workspace(float* base) : base_(base) {}
+  explicit Arena(float* base) : base_(base) {}
   float* take(long floats) {
     float* piece = base_ == nullptr ? nullptr : base_ + size_;
     size_ += (static_cast<std::size_t>(floats) + 3) / 4 * 4;
@@ -75,26 +75,27 @@ class Workspace {
 
 // Layers of one kernel, the largest matrices first: the last tasks to start are the short ones.
 inline Launch make_launch(const std::vector<GramLayer<float, float>>& layers, int method,
-                          const Poles& poles, int processors, Workspace& workspace) {
+                          const Poles& poles, int processors, Arena& arena) {
   Launch launch{};
   launch.method = method;
-  launch.sweep_threads = with_method(method, [&](auto m) {
-    return m.kPacked ? m.kThreads : (tile_count<m.kTile>(layers[0].n) + 31) / 32 * 32;
+  launch.sweep_threads = with_method(method, [&](auto chosen) {
+    return chosen.kPacked ? chosen.kThreads
+                          : (tile_count<chosen.kTile>(layers[0].n) + 31) / 32 * 32;
   });
 
   Table& table = launch.table;
   table.layers = static_cast<int>(layers.size());
   table.poles = poles.count;
-  double c = poles.c;
+  double constant = poles.constant;
   for (int j = 0; j < poles.count; ++j) {
     table.t[j] = static_cast<float>(poles.t[j]);
     table.w[j] = static_cast<float>(poles.w[j]);
     if (poles.t[j] < kLargePole)
       table.first_large = j + 1;
     else
-      c -= poles.w[j] / poles.t[j];
+      constant -= poles.w[j] / poles.t[j];
   }
-  table.c = static_cast<float>(c);
+  table.constant = static_cast<float>(constant);
   long matrices = 0;
   for (const auto& layer : layers) matrices += layer.batch;
   // A task for each pole, or fewer where two waves of tasks fill the device already: partial sums
@@ -111,20 +112,20 @@ inline Launch make_launch(const std::vector<GramLayer<float, float>>& layers, in
     Layer& to = table.layer[i];
     const long tasks = from.batch * table.splits;
     const long size =
-        with_method(method, [&](auto m) { return tasks * packed_size<m.kTile>(from.n); });
+        with_method(method, [&](auto chosen) { return tasks * packed_size<chosen.kTile>(from.n); });
     to.gram = from.gram;
     to.h = from.h;
     to.m = from.m;
     to.batch = static_cast<int>(from.batch);
     to.n = from.n;
-    to.slices = from.m == nullptr ? nullptr : workspace.take(size);
-    to.working =
-        with_method(method, [](auto m) { return m.kPacked; }) ? workspace.take(size) : nullptr;
-    to.partials = workspace.take(tasks);
-    to.scales = workspace.take(from.batch);
+    to.slices = from.m == nullptr ? nullptr : arena.take(size);
+    to.working = with_method(method, [](auto chosen) { return chosen.kPacked; }) ? arena.take(size)
+                                                                                 : nullptr;
+    to.partials = arena.take(tasks);
+    to.scales = arena.take(from.batch);
     const long blocks = blocks_a_side(from.n);
     if (from.m != nullptr && from.center) {
-      to.sums = workspace.take(from.batch * blocks * from.n);
+      to.sums = arena.take(from.batch * blocks * from.n);
       launch.center = true;
     }
     to.chunks =
@@ -142,7 +143,7 @@ inline Launch make_launch(const std::vector<GramLayer<float, float>>& layers, in
   // A warp alone waits for the L2 cache at every entry, and the warps of a block hide that. Beyond
   // two waves of blocks other tasks do, and a small matrix has no work for so many lanes.
   const long few = 2L * processors * (kResidentCloseThreads / kCloseThreads);
-  const bool by_warp = with_method(method, [](auto m) { return m.kByWarp; });
+  const bool by_warp = with_method(method, [](auto chosen) { return chosen.kByWarp; });
   launch.close_threads = by_warp && closes > few ? 32 : kCloseThreads;
   return launch;
 }
@@ -157,13 +158,13 @@ inline std::vector<Launch> plan(const GramLayer<float, float>* layers, int count
                                 std::to_string(poles.count));
   int largest = 0;
   for (int i = 0; i < count; ++i) {
-    if (layers[i].n < 1 || layers[i].n > Huge::kSide || layers[i].batch < 0)
-      throw std::invalid_argument("rational_cuda: n must be in [1, " + std::to_string(Huge::kSide) +
+    if (layers[i].n < 1 || layers[i].n > Huge::kMaxN || layers[i].batch < 0)
+      throw std::invalid_argument("rational_cuda: n must be in [1, " + std::to_string(Huge::kMaxN) +
                                   "] and batch not negative, got " + std::to_string(layers[i].n) +
                                   " and " + std::to_string(layers[i].batch));
     if (layers[i].batch > 0) largest = std::max(largest, layers[i].n);
   }
-  Workspace rest(workspace);
+  Arena rest(workspace);
   std::vector<Launch> launches;
   for (int method = kMethods - 1; method >= 0; --method) {
     std::vector<GramLayer<float, float>> members;

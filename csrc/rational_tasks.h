@@ -1,9 +1,10 @@
 // The rational entropy of a matrix on CUDA, as the tasks that its kernels consist of: sweep_task
 // inverts for some of its poles, close_task adds them up, center_task centres the gradient.
 //
-// With P = K / tr K, S = sum_j w_j (P + t_j I)^{-1} and s = tr(P S), the logarithm of P is c I - S,
-// so that H = -tr(P log P) = s - c and dH/dK = (S - s I) / tr K. Adding a multiple b of I to S adds
-// b to s, and changes neither H, with c + b for c, nor dH/dK: the large poles use that.
+// With P = K / tr K, S = sum_j w_j (P + t_j I)^{-1} and s = tr(P S), the logarithm of P is constant
+// I - S, so that H = -tr(P log P) = s - constant and dH/dK = (S - s I) / tr K. Adding a multiple b
+// of I to S adds b to s, and changes neither H, with constant + b for the constant, nor dH/dK: the
+// large poles use that.
 #pragma once
 
 #include "rational.h"
@@ -15,7 +16,7 @@ namespace sweep {
 
 // ---- the work of a launch, passed by value ----
 
-constexpr int kBlock = 32;  // M is written, and transposed, in blocks of this side
+constexpr int kBlockSide = 32;  // M is written, and transposed, in blocks of this side
 
 struct Layer {
   const float* gram;  // [batch, n, n]
@@ -35,7 +36,7 @@ constexpr int kMaxLayers = 40;
 struct Table {
   Layer layer[kMaxLayers];
   float t[kMaxPoles], w[kMaxPoles];
-  float c;  // less w_j / t_j of the large poles
+  float constant;  // less w_j / t_j of the large poles
   int layers, poles;
   int first_large;  // from here on t_j is large: w_j / t_j - w_j / (x + t_j) has more digits
   int splits;       // tasks that share the poles of one matrix
@@ -124,26 +125,26 @@ struct Sums {
 
 // ---- how a group holds a matrix ----
 
-constexpr int kPitch = kBlock + 1;  // of a block in shared memory: no bank conflict in a column
+constexpr int kPitch = kBlockSide + 1;  // of a block in shared memory: no bank conflict in a column
 
 // Shared memory of close_task and center_task, and the threads of a block that runs them.
-constexpr int kCloseFloats = kBlock * kPitch;
+constexpr int kCloseFloats = kBlockSide * kPitch;
 constexpr int kCloseThreads = 256;
 
 template <int kTile_, bool kPacked_, int kMaxN_, int kMaxThreads_>
 struct Method {
   static constexpr int kTile = kTile_;
   static constexpr bool kPacked = kPacked_;  // in memory; otherwise in registers, a tile a thread
-  static constexpr int kSide = kMaxN_, kThreads = kMaxThreads_;
+  static constexpr int kMaxN = kMaxN_, kThreads = kMaxThreads_;
   static constexpr bool kByWarp = kThreads == 32;  // a warp sweeps it, not a block
   // Shared memory of sweep_task.
   static constexpr int kSweepFloats = kPacked ? kInvertPackedFloats<kTile_> : kInvertFloats<kTile_>;
 
-  static_assert(kSide <= kMaxSide<kTile> * kTile, "room for a pivot row");
-  static_assert(kPacked || tile_count<kTile>(kSide) <= kThreads, "a tile a thread");
-  static_assert(!kPacked || kSide <= 2 * kThreads, "two columns of a panel a thread");
-  static_assert(tile_count<kTile>(kSide) <= kSweepFloats, "room for sums");
-  static_assert(kSide <= kSweepFloats && 2 * kSide <= kCloseFloats, "room for a diagonal");
+  static_assert(kMaxN <= kMaxSide<kTile> * kTile, "room for a pivot row");
+  static_assert(kPacked || tile_count<kTile>(kMaxN) <= kThreads, "a tile a thread");
+  static_assert(!kPacked || kMaxN <= 2 * kThreads, "two columns a thread");
+  static_assert(tile_count<kTile>(kMaxN) <= kSweepFloats, "room for sums");
+  static_assert(kMaxN <= kSweepFloats && 2 * kMaxN <= kCloseFloats, "room for a diagonal");
 };
 
 // ---- some poles of a matrix ----
@@ -255,7 +256,7 @@ SES_DEVICE_INLINE void sweep_task(const Group& group, const Table& table, bool r
 
 // ---- H and M ----
 
-SES_HOST_DEVICE constexpr int blocks_a_side(int n) { return (n + kBlock - 1) / kBlock; }
+SES_HOST_DEVICE constexpr int blocks_a_side(int n) { return (n + kBlockSide - 1) / kBlockSide; }
 
 // m = (S - total I) / tr K, S the sum of the slices, and the sums of its rows within each block
 // (null: not wanted): the chunk's share of the blocks.
@@ -267,9 +268,9 @@ SES_DEVICE_INLINE void write_m(const Group& group, const Matrix& k, float total,
   const long size = packed_size<kTile>(n);
   for (int b = chunk; b < side * (side + 1) / 2; b += chunks) {
     const Place block = triangle(b);
-    const int row = block.row * kBlock, column = block.column * kBlock;
-    for (int e = rank; e < kBlock * kBlock; e += group.num_threads()) {
-      const int r = e / kBlock, c = e % kBlock, i = row + r, j = column + c;
+    const int row = block.row * kBlockSide, column = block.column * kBlockSide;
+    for (int e = rank; e < kBlockSide * kBlockSide; e += group.num_threads()) {
+      const int r = e / kBlockSide, c = e % kBlockSide, i = row + r, j = column + c;
       if (i >= n || j > i) continue;
       const float* at = slices + packed_row<kTile>(i) + j;
       float x = at[0];
@@ -280,18 +281,18 @@ SES_DEVICE_INLINE void write_m(const Group& group, const Matrix& k, float total,
       if (row == column) shared[c * kPitch + r] = x;
     }
     group.sync();
-    for (int e = rank; e < kBlock * kBlock; e += group.num_threads()) {
-      const int r = e / kBlock, c = e % kBlock, i = column + r, j = row + c;
+    for (int e = rank; e < kBlockSide * kBlockSide; e += group.num_threads()) {
+      const int r = e / kBlockSide, c = e % kBlockSide, i = column + r, j = row + c;
       if (i < j && j < n) m[i * n + j] = shared[c * kPitch + r];
     }
     // Of the block and of its mirror image.
-    for (int e = rank; sums != nullptr && e < 2 * kBlock; e += group.num_threads()) {
-      const bool mirror = e >= kBlock;
-      const int r = e % kBlock, i = (mirror ? column : row) + r;
+    for (int e = rank; sums != nullptr && e < 2 * kBlockSide; e += group.num_threads()) {
+      const bool mirror = e >= kBlockSide;
+      const int r = e % kBlockSide, i = (mirror ? column : row) + r;
       const int columns = n - (mirror ? row : column);
       if (i >= n || (mirror && row == column)) continue;
       float x = 0;
-      for (int c = 0; c < kBlock && c < columns; ++c)
+      for (int c = 0; c < kBlockSide && c < columns; ++c)
         x += mirror ? shared[c * kPitch + r] : shared[r * kPitch + c];
       sums[(mirror ? block.row : block.column) * n + i] = x;
     }
@@ -313,7 +314,7 @@ SES_DEVICE_INLINE void close_task(const Group& group, const Table& table, int in
     const float scale = layer.scales[matrix];
     if (scale != 1.0f) splits = 1;
     total = total_of(layer.partials + slot, splits);
-    if (isfinite(total)) h = total - (table.c + logf(scale));
+    if (isfinite(total)) h = total - (table.constant + logf(scale));
   }
   if (chunk == 0 && group.thread_rank() == 0) layer.h[matrix] = h;
   if (layer.m == nullptr) return;

@@ -25,8 +25,8 @@ struct Shares {
         tasks((batch + matrices - 1) / matrices * parts) {}
 
   // f(matrix, part) for all of a task
-  template <typename F>
-  void each(long task, long batch, F f) const {
+  template <typename Function>
+  void each(long task, long batch, Function f) const {
     const long first = task / parts * matrices;
     for (long i = first; i < std::min(batch, first + matrices); ++i)
       f(i, static_cast<int>(task % parts));

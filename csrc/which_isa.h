@@ -20,7 +20,7 @@ namespace avx512 = portable;
 namespace avx2 = portable;
 #endif
 
-// The kernels of the best one: SES_KERNELS_HERE(rational_kernel<M>).
+// The kernels of the best one: SES_KERNELS_HERE(rational_kernel<float>).
 #define SES_KERNELS_HERE(...)                \
   (ses::has_avx512() ? avx512::__VA_ARGS__() \
    : ses::has_avx2() ? avx2::__VA_ARGS__()   \

@@ -292,6 +292,16 @@ def test_a_header_includes_what_it_needs(header):
     compile_cpp("-DSES_ISA=portable", "-fsyntax-only", "-include", header, "-x", "c++", os.devnull)
 
 
+def test_types_are_spelled():
+    """A letter is mathematics, and not also a type."""
+    declares = r"\b(?:typename|class|struct|using) ([A-Za-z])\b"
+    assert re.findall(declares, "template <typename P> using T = int;") == ["P", "T"]
+    letters = [
+        (path.name, name) for path in SOURCES for name in re.findall(declares, path.read_text())
+    ]
+    assert letters == []
+
+
 def test_module_docstring_names_every_function():
     text = (CSRC / "bindings.cpp").read_text()
     docstring = re.search(r"m\.doc\(\) =(.*?);\n", text, re.S)[1]

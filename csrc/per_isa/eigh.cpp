@@ -16,49 +16,49 @@ static_assert(kMaxNCpu < 1 << __FLT_MANT_DIG__, "indices are kept in floats");
 constexpr int kHalfBytes = kRegisterBytes > 16 ? kRegisterBytes / 2 : kRegisterBytes;
 
 // 2^exponent for a normal result
-template <typename T>
-SES_INLINE T power_of_two(int exponent) {
-  using Traits = ScalarTraits<T>;
+template <typename Scalar>
+SES_INLINE Scalar power_of_two(int exponent) {
+  using Traits = ScalarTraits<Scalar>;
   const auto bits = static_cast<typename Traits::Int>(exponent + Traits::kExponentBias)
                     << Traits::kMantissaBits;
-  T x;
+  Scalar x;
   __builtin_memcpy(&x, &bits, sizeof(x));
   return x;
 }
 
 // Bits of the largest |a_ij| of the lower triangle: as integers they order like the numbers, with
 // Inf and NaN above all, so one maximum finds the scale and the matrices to refuse.
-template <typename T>
-static typename ScalarTraits<T>::Int max_bits(const T* a, int n) {
-  using Int = typename ScalarTraits<T>::Int;
+template <typename Scalar>
+static typename ScalarTraits<Scalar>::Int max_bits(const Scalar* a, int n) {
+  using Int = typename ScalarTraits<Scalar>::Int;
   Int largest = 0;
   for (int i = 0; i < n; ++i) {
-    const T* row = a + static_cast<long>(i) * n;
+    const Scalar* row = a + static_cast<long>(i) * n;
     for (int j = 0; j <= i; ++j) {
       Int bits;
       __builtin_memcpy(&bits, row + j, sizeof(bits));
-      bits &= ~ScalarTraits<T>::kSignBit;
+      bits &= ~ScalarTraits<Scalar>::kSignBit;
       largest = bits > largest ? bits : largest;
     }
   }
   return largest;
 }
 
-// The matrices of one group, lane by lane.
-template <typename P>
-struct Lanes {
-  using T = typename P::Scalar;
-  static constexpr int kLanes = P::kLanes;
+// The matrices of one bundle, lane by lane.
+template <typename Pack>
+struct Bundle {
+  using Scalar = typename Pack::Scalar;
+  static constexpr int kLanes = Pack::kLanes;
 
   bool finite[kLanes];
   int exponent[kLanes];  // of the largest entry
 
   // Row by row, so that a row of the workspace is filled for all lanes while it is in the cache.
   // Lanes without a matrix, or with one to refuse, get zeros.
-  void pack(const Workspace<P>& work, const T* a, int count, int n) {
-    using Traits = ScalarTraits<T>;
+  void load(const Workspace<Pack>& work, const Scalar* a, int count, int n) {
+    using Traits = ScalarTraits<Scalar>;
     const long size = static_cast<long>(n) * n;
-    T scale[kLanes];
+    Scalar scale[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       const auto bits = lane < count ? max_bits(a + lane * size, n) : 0;
       finite[lane] = lane < count && bits < Traits::kInfBits;
@@ -67,16 +67,16 @@ struct Lanes {
       constexpr int kLimit = Traits::kExponentBias - 1;
       const int e = static_cast<int>(bits >> Traits::kMantissaBits) - Traits::kExponentBias;
       exponent[lane] = e > kLimit ? kLimit : e < -kLimit ? -kLimit : e;
-      scale[lane] = power_of_two<T>(-exponent[lane]);
+      scale[lane] = power_of_two<Scalar>(-exponent[lane]);
     }
     for (int i = 0; i < n; ++i) {
-      T* row = reinterpret_cast<T*>(work.row(i));  // [n, lanes]
+      Scalar* row = reinterpret_cast<Scalar*>(work.row(i));  // [n, lanes]
       for (int lane = 0; lane < kLanes; ++lane) {
-        const T* in = a + lane * size + static_cast<long>(i) * n;
+        const Scalar* in = a + lane * size + static_cast<long>(i) * n;
         if (finite[lane])
           for (int j = 0; j <= i; ++j) row[j * kLanes + lane] = in[j] * scale[lane];
         else
-          for (int j = 0; j <= i; ++j) row[j * kLanes + lane] = T(0);
+          for (int j = 0; j <= i; ++j) row[j * kLanes + lane] = Scalar(0);
       }
     }
   }
@@ -84,59 +84,60 @@ struct Lanes {
   // Eigenvalues from work.d, eigenvectors from work.z in the order of the columns in work.e. Adding
   // 0 turns -0 into 0: whether a lane's neighbours were still rotating shows in the sign of its
   // zeros and nowhere else.
-  void unpack(const Workspace<P>& work, T* w, T* v, int count, int n) {
-    const T* d = reinterpret_cast<const T*>(work.d);      // [n, lanes]
-    const T* order = reinterpret_cast<const T*>(work.e);  // [n, lanes]
-    int* offset = reinterpret_cast<int*>(work.rotation);  // [lanes, n]
+  void store(const Workspace<Pack>& work, Scalar* w, Scalar* v, int count, int n) {
+    const Scalar* d = reinterpret_cast<const Scalar*>(work.d);      // [n, lanes]
+    const Scalar* order = reinterpret_cast<const Scalar*>(work.e);  // [n, lanes]
+    int* offset = reinterpret_cast<int*>(work.rotation);            // [lanes, n]
     for (int lane = 0; lane < count; ++lane) {
       // QL reports a lane that did not converge by NaN.
       finite[lane] = finite[lane] && d[lane] == d[lane];
-      const T scale = finite[lane] ? power_of_two<T>(exponent[lane]) : ScalarTraits<T>::kNaN;
+      const Scalar scale =
+          finite[lane] ? power_of_two<Scalar>(exponent[lane]) : ScalarTraits<Scalar>::kNaN;
       for (int j = 0; j < n; ++j) {
-        w[static_cast<long>(lane) * n + j] = d[j * kLanes + lane] * scale + T(0);
+        w[static_cast<long>(lane) * n + j] = d[j * kLanes + lane] * scale + Scalar(0);
         offset[lane * n + j] = static_cast<int>(order[j * kLanes + lane]) * kLanes + lane;
       }
     }
     for (int i = 0; i < n; ++i) {
-      const T* row = reinterpret_cast<const T*>(work.row(i));  // [n, lanes]
+      const Scalar* row = reinterpret_cast<const Scalar*>(work.row(i));  // [n, lanes]
       for (int lane = 0; lane < count; ++lane) {
-        T* out = v + static_cast<long>(lane) * n * n + i;  // component i of every eigenvector
+        Scalar* out = v + static_cast<long>(lane) * n * n + i;  // component i of every eigenvector
         if (finite[lane])
-          for (int j = 0; j < n; ++j) out[j * n] = row[offset[lane * n + j]] + T(0);
+          for (int j = 0; j < n; ++j) out[j * n] = row[offset[lane * n + j]] + Scalar(0);
         else
-          for (int j = 0; j < n; ++j) out[j * n] = ScalarTraits<T>::kNaN;
+          for (int j = 0; j < n; ++j) out[j * n] = ScalarTraits<Scalar>::kNaN;
       }
     }
   }
 };
 
-template <typename P>
-static void eigh_group(const typename P::Scalar* a, typename P::Scalar* w, typename P::Scalar* v,
-                       int count, int n, void* memory) {
-  const Workspace<P> work(memory, n);
-  Lanes<P> lanes;
-  lanes.pack(work, a, count, n);
+template <typename Pack>
+static void eigh_bundle(const typename Pack::Scalar* a, typename Pack::Scalar* w,
+                        typename Pack::Scalar* v, int count, int n, void* memory) {
+  const Workspace<Pack> work(memory, n);
+  Bundle<Pack> bundle;
+  bundle.load(work, a, count, n);
   tridiagonalise(work, n);
   accumulate(work, n);
   ql(work, n);
   sort_ascending(work.d, work.e, n);
-  lanes.unpack(work, w, v, count, n);
+  bundle.store(work, w, v, count, n);
 }
 
-template <typename P>
-constexpr GroupKernel<typename P::Scalar> kernel(int unroll) {
-  return {P::kLanes, unroll, Workspace<P>::bytes, eigh_group<P>};
+template <typename Pack>
+constexpr BundleKernel<typename Pack::Scalar> kernel(int unroll) {
+  return {Pack::kLanes, unroll, Workspace<Pack>::bytes, eigh_bundle<Pack>};
 }
 
-template <typename T>
-const GroupKernels<T>& group_kernels() {
-  static constexpr GroupKernels<T> kernels = {{kernel<Pack<T, kRegisterBytes, 2>>(2),
-                                               kernel<Pack<T, kRegisterBytes, 1>>(1),
-                                               kernel<Pack<T, kHalfBytes, 1>>(1)}};
+template <typename Scalar>
+const BundleKernels<Scalar>& bundle_kernels() {
+  static constexpr BundleKernels<Scalar> kernels = {{kernel<PackOf<Scalar, kRegisterBytes, 2>>(2),
+                                                     kernel<PackOf<Scalar, kRegisterBytes, 1>>(1),
+                                                     kernel<PackOf<Scalar, kHalfBytes, 1>>(1)}};
   return kernels;
 }
-template const GroupKernels<float>& group_kernels<float>();
-template const GroupKernels<double>& group_kernels<double>();
+template const BundleKernels<float>& bundle_kernels<float>();
+template const BundleKernels<double>& bundle_kernels<double>();
 
 }  // namespace SES_ISA
 }  // namespace ses

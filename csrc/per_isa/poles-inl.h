@@ -18,31 +18,31 @@ constexpr int kPoleBlock = 3;
 #endif
 constexpr int kPoleScalings = 12;  // by 4 each, where rounding left P + t_1 I indefinite
 
-// log x ~ c - sum_j w_j / (x + t_j), t ascending. Those added to fill packs and blocks have no
-// weight.
-template <typename T>
+// log x ~ constant - sum_j w_j / (x + t_j), t ascending. Those added to fill packs and blocks have
+// no weight.
+template <typename Scalar>
 struct PaddedPoles {
-  T c;
+  Scalar constant;
   int count;
-  alignas(64) T t[kMaxPoles], w[kMaxPoles];
+  alignas(64) Scalar t[kMaxPoles], w[kMaxPoles];
 
-  explicit PaddedPoles(const Poles& poles) : c(poles.c), count(poles.count) {
+  explicit PaddedPoles(const Poles& poles) : constant(poles.constant), count(poles.count) {
     for (int j = 0; j < kMaxPoles; ++j) {
-      t[j] = j < count ? poles.t[j] : T(1);
-      w[j] = j < count ? poles.w[j] : T(0);
+      t[j] = j < count ? poles.t[j] : Scalar(1);
+      w[j] = j < count ? poles.w[j] : Scalar(0);
     }
   }
 };
 
-template <typename T>
-SES_INLINE bool has_spectrum(T trace) {
-  return trace > 0 && trace < ScalarTraits<T>::kInf;
+template <typename Scalar>
+SES_INLINE bool has_spectrum(Scalar trace) {
+  return trace > 0 && trace < ScalarTraits<Scalar>::kInf;
 }
 
 // H and M: no variance has no entropy, and NaN or Inf stay NaN.
-template <typename T>
-SES_INLINE T without_spectrum(T trace) {
-  return trace == 0 ? T(0) : ScalarTraits<T>::kNaN;
+template <typename Scalar>
+SES_INLINE Scalar without_spectrum(Scalar trace) {
+  return trace == 0 ? Scalar(0) : ScalarTraits<Scalar>::kNaN;
 }
 
 }  // namespace SES_ISA

@@ -3,7 +3,7 @@
 #include "householder-inl.h"
 #include "poles-inl.h"
 #include "rational_cpu.h"
-#include "rational_lanes-inl.h"
+#include "rational_interleaved-inl.h"
 #include "rational_panels-inl.h"
 #include "simd-inl.h"
 #include "tile-inl.h"
@@ -13,59 +13,61 @@ namespace SES_ISA {
 
 namespace {
 
-using P = Pack<double, kRegisterBytes, 64 / kRegisterBytes>;
-static_assert(P::kLanes == kLanes, "registers as many as it takes");
-// Two groups hide each other's latencies. Where a group is several registers, they do that already.
+static_assert(Line<double>::kLanes == kBundle && Line<double>::kLanes == kPanelColumns,
+              "registers as many as it takes");
+// Two bundles hide each other's latencies. Where one is several registers, they do that already.
 #if defined(__AVX512F__)
-using Pair = Pack<double, kRegisterBytes, 2>;
+using TwoBundles = PackOf<double, kRegisterBytes, 2>;
 #else
-using Pair = P;
+using TwoBundles = Line<double>;
 #endif
 
-long workspace_bytes(Arrangement arrangement, int n, int poles) {
-  if (arrangement == Arrangement::kPanels) return PanelWorkspace<P>::bytes(n, poles);
-  return together(arrangement, n) > kLanes ? LaneWorkspace<Pair>::bytes(n)
-                                           : LaneWorkspace<P>::bytes(n);
+long workspace_bytes(Arrangement arrangement, int n, int pole_count) {
+  if (arrangement == Arrangement::kPanels)
+    return PanelWorkspace<Line<double>>::bytes(n, pole_count);
+  return together(arrangement, n) > kBundle ? InterleavedWorkspace<TwoBundles>::bytes(n)
+                                            : InterleavedWorkspace<Line<double>>::bytes(n);
 }
 
 void arrange(Arrangement arrangement, const double* grams, int count, int n, double* out) {
-  if (arrangement == Arrangement::kPanels) return to_panels(grams, n, reinterpret_cast<P*>(out));
-  const long size = static_cast<long>(n) * n;
-  for_groups(count, kLanes, [&](int first, int together) {
-    interleave(grams + first * size, together, n,
-               reinterpret_cast<P*>(out) + first / kLanes * size);
+  if (arrangement == Arrangement::kPanels)
+    return to_panels(grams, n, reinterpret_cast<Line<double>*>(out));
+  const long square = static_cast<long>(n) * n;
+  for_bundles(count, kBundle, [&](int first, int size) {
+    interleave(grams + first * square, size, n,
+               reinterpret_cast<Line<double>*>(out) + first / kBundle * square);
   });
 }
 
-template <typename Lanes, typename M>
-void run_interleaved(const GramLayer<double, M>& layer, const PaddedPoles<double>& poles,
+template <typename Pack, typename Result>
+void run_interleaved(const GramLayer<double, Result>& layer, const PaddedPoles<double>& poles,
                      void* workspace) {
   const long size = static_cast<long>(layer.n) * layer.n;
-  for_groups(static_cast<int>(layer.batch), Lanes::kLanes, [&](int first, int count) {
-    rational<Lanes>(reinterpret_cast<const P*>(layer.gram) + first / kLanes * size, layer.h + first,
-                    layer.m == nullptr ? nullptr : layer.m + first * size, count, layer.n,
-                    layer.center, poles, workspace);
+  for_bundles(static_cast<int>(layer.batch), Pack::kLanes, [&](int first, int count) {
+    rational<Pack>(reinterpret_cast<const Line<double>*>(layer.gram) + first / kBundle * size,
+                   layer.h + first, layer.m == nullptr ? nullptr : layer.m + first * size, count,
+                   layer.n, layer.center, poles, workspace);
   });
 }
 
-template <typename M>
-void run(Arrangement arrangement, const GramLayer<double, M>& layer, const Poles& poles,
+template <typename Result>
+void run(Arrangement arrangement, const GramLayer<double, Result>& layer, const Poles& poles,
          void* workspace) {
   const PaddedPoles<double> padded(poles);
   if (arrangement == Arrangement::kPanels)
-    rational(reinterpret_cast<const P*>(layer.gram), layer.h, layer.m, layer.n, layer.center,
-             padded, workspace);
-  else if (layer.batch > kLanes)
-    run_interleaved<Pair>(layer, padded, workspace);
+    rational(reinterpret_cast<const Line<double>*>(layer.gram), layer.h, layer.m, layer.n,
+             layer.center, padded, workspace);
+  else if (layer.batch > kBundle)
+    run_interleaved<TwoBundles>(layer, padded, workspace);
   else
-    run_interleaved<P>(layer, padded, workspace);
+    run_interleaved<Line<double>>(layer, padded, workspace);
 }
 
 }  // namespace
 
-template <typename M>
-const RationalKernel<M>& rational_kernel() {
-  static constexpr RationalKernel<M> kernel = {arrange, workspace_bytes, run<M>};
+template <typename Result>
+const RationalKernel<Result>& rational_kernel() {
+  static constexpr RationalKernel<Result> kernel = {arrange, workspace_bytes, run<Result>};
   return kernel;
 }
 template const RationalKernel<float>& rational_kernel<float>();

@@ -1,8 +1,8 @@
-// A pack of SIMD registers whose lanes are the matrices of a batch.
+// A pack of SIMD registers. A lane of it is one matrix of a batch, or one column of a matrix.
 //
-// Every operation is elementwise, and a * b + c is fused only where fma() says so (the build turns
-// contraction off): a lane then computes the same digits whatever the width of the pack, whatever
-// its neighbours hold, and on every x86 with FMA.
+// Every operation is elementwise, and a * b + sum is fused only where fma() says so (the build
+// turns contraction off): a lane then computes the same digits whatever the width of the pack,
+// whatever its neighbours hold, and on every x86 with FMA.
 #pragma once
 
 #if defined(__SSE2__)
@@ -20,7 +20,7 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-template <typename T>
+template <typename Scalar>
 struct ScalarTraits;
 
 template <>
@@ -51,25 +51,25 @@ struct ScalarTraits<double> {
 
 #define SES_INLINE static inline __attribute__((always_inline))
 
-template <typename T, int kBytes>
+template <typename Scalar, int kBytes>
 struct Register {
-  typedef T Vec __attribute__((vector_size(kBytes)));
-  typedef typename ScalarTraits<T>::Int Int __attribute__((vector_size(kBytes)));
+  typedef Scalar Vec __attribute__((vector_size(kBytes)));
+  typedef typename ScalarTraits<Scalar>::Int Int __attribute__((vector_size(kBytes)));
 };
 
 // GCC's vector types have neither fma nor sqrt: one overload for each register the ISA has, and a
 // loop for those it has not.
-template <typename V>
-SES_INLINE V fma(V a, V b, V c) {
-  return a * b + c;
+template <typename Vec>
+SES_INLINE Vec fma(Vec a, Vec b, Vec sum) {
+  return a * b + sum;
 }
 
 SES_INLINE float sqrt(float a) { return __builtin_sqrtf(a); }
 SES_INLINE double sqrt(double a) { return __builtin_sqrt(a); }
 
-template <typename V>
-SES_INLINE V sqrt(V a) {
-  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) a[i] = sqrt(a[i]);
+template <typename Vec>
+SES_INLINE Vec sqrt(Vec a) {
+  for (unsigned i = 0; i < sizeof(Vec) / sizeof(a[0]); ++i) a[i] = sqrt(a[i]);
   return a;
 }
 
@@ -78,61 +78,66 @@ SES_INLINE __m128 sqrt(__m128 a) { return _mm_sqrt_ps(a); }
 SES_INLINE __m128d sqrt(__m128d a) { return _mm_sqrt_pd(a); }
 #endif
 #if defined(__FMA__)
-SES_INLINE __m128 fma(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
-SES_INLINE __m128d fma(__m128d a, __m128d b, __m128d c) { return _mm_fmadd_pd(a, b, c); }
-SES_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-SES_INLINE __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+SES_INLINE __m128 fma(__m128 a, __m128 b, __m128 sum) { return _mm_fmadd_ps(a, b, sum); }
+SES_INLINE __m128d fma(__m128d a, __m128d b, __m128d sum) { return _mm_fmadd_pd(a, b, sum); }
+SES_INLINE __m256 fma(__m256 a, __m256 b, __m256 sum) { return _mm256_fmadd_ps(a, b, sum); }
+SES_INLINE __m256d fma(__m256d a, __m256d b, __m256d sum) { return _mm256_fmadd_pd(a, b, sum); }
 SES_INLINE __m256 sqrt(__m256 a) { return _mm256_sqrt_ps(a); }
 SES_INLINE __m256d sqrt(__m256d a) { return _mm256_sqrt_pd(a); }
 #endif
 #if defined(__AVX512F__)
-SES_INLINE __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-SES_INLINE __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+SES_INLINE __m512 fma(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+SES_INLINE __m512d fma(__m512d a, __m512d b, __m512d sum) { return _mm512_fmadd_pd(a, b, sum); }
 SES_INLINE __m512 sqrt(__m512 a) { return _mm512_maskz_sqrt_ps(0xffff, a); }
 SES_INLINE __m512d sqrt(__m512d a) { return _mm512_maskz_sqrt_pd(0xff, a); }
 #endif
 
 // kUnroll registers side by side: independent chains hide the latency of sqrt and division, which
 // is what small matrices wait for.
-template <typename T, int kBytes, int kUnroll>
-struct Pack {
-  using Scalar = T;
-  using Vec = typename Register<T, kBytes>::Vec;
-  using Int = typename Register<T, kBytes>::Int;
-  static constexpr int kLanes = kUnroll * kBytes / static_cast<int>(sizeof(T));
+template <typename Element, int kBytes, int kUnroll>
+struct PackOf {
+  using Scalar = Element;
+  using Vec = typename Register<Scalar, kBytes>::Vec;
+  using Int = typename Register<Scalar, kBytes>::Int;
+  static constexpr int kLanes = kUnroll * kBytes / static_cast<int>(sizeof(Scalar));
   struct Mask {
     Int r[kUnroll];
   };
   Vec r[kUnroll];
 
-  SES_INLINE Pack broadcast(T x) {
-    Pack y;
+  SES_INLINE PackOf broadcast(Scalar x) {
+    PackOf y;
     // x - 0 is x for every x, x + 0 is not: only this needs no arithmetic
     for (int i = 0; i < kUnroll; ++i) y.r[i] = x - Vec{};
     return y;
   }
-  SES_INLINE Pack iota() {
-    Pack y;
-    for (int i = 0; i < kLanes; ++i) y.r[i * kUnroll / kLanes][i % (kLanes / kUnroll)] = T(i);
+  SES_INLINE PackOf iota() {
+    PackOf y;
+    for (int i = 0; i < kLanes; ++i) y.r[i * kUnroll / kLanes][i % (kLanes / kUnroll)] = Scalar(i);
     return y;
   }
-  SES_INLINE bool any(Mask m) {
-    Int all = m.r[0];
-    for (int i = 1; i < kUnroll; ++i) all |= m.r[i];
-    typename ScalarTraits<T>::Int bits = 0;
+  SES_INLINE bool any(Mask mask) {
+    Int all = mask.r[0];
+    for (int i = 1; i < kUnroll; ++i) all |= mask.r[i];
+    typename ScalarTraits<Scalar>::Int bits = 0;
     for (int i = 0; i < kLanes / kUnroll; ++i) bits |= all[i];
     return bits != 0;
   }
 };
 
-#define SES_PACK template <typename T, int B, int U>
-#define SES_EACH for (int i = 0; i < U; ++i)
+// A cache line.
+template <typename Scalar>
+using Line = PackOf<Scalar, kRegisterBytes, 64 / kRegisterBytes>;
 
-#define SES_ARITHMETIC(op)                                                                        \
-  SES_PACK SES_INLINE Pack<T, B, U> operator op(const Pack<T, B, U>& a, const Pack<T, B, U>& b) { \
-    Pack<T, B, U> y;                                                                              \
-    SES_EACH y.r[i] = a.r[i] op b.r[i];                                                           \
-    return y;                                                                                     \
+#define SES_PACK template <typename Scalar, int kBytes, int kUnroll>
+#define SES_EACH for (int i = 0; i < kUnroll; ++i)
+
+#define SES_ARITHMETIC(op)                                                                  \
+  SES_PACK SES_INLINE PackOf<Scalar, kBytes, kUnroll> operator op(                          \
+      const PackOf<Scalar, kBytes, kUnroll>& a, const PackOf<Scalar, kBytes, kUnroll>& b) { \
+    PackOf<Scalar, kBytes, kUnroll> y;                                                      \
+    SES_EACH y.r[i] = a.r[i] op b.r[i];                                                     \
+    return y;                                                                               \
   }
 SES_ARITHMETIC(+)
 SES_ARITHMETIC(-)
@@ -140,12 +145,12 @@ SES_ARITHMETIC(*)
 SES_ARITHMETIC(/)
 #undef SES_ARITHMETIC
 
-#define SES_COMPARE(op)                                                                  \
-  SES_PACK SES_INLINE typename Pack<T, B, U>::Mask operator op(const Pack<T, B, U>& a,   \
-                                                               const Pack<T, B, U>& b) { \
-    typename Pack<T, B, U>::Mask m;                                                      \
-    SES_EACH m.r[i] = a.r[i] op b.r[i];                                                  \
-    return m;                                                                            \
+#define SES_COMPARE(op)                                                                     \
+  SES_PACK SES_INLINE typename PackOf<Scalar, kBytes, kUnroll>::Mask operator op(           \
+      const PackOf<Scalar, kBytes, kUnroll>& a, const PackOf<Scalar, kBytes, kUnroll>& b) { \
+    typename PackOf<Scalar, kBytes, kUnroll>::Mask mask;                                    \
+    SES_EACH mask.r[i] = a.r[i] op b.r[i];                                                  \
+    return mask;                                                                            \
   }
 SES_COMPARE(<)
 SES_COMPARE(<=)
@@ -154,54 +159,60 @@ SES_COMPARE(!=)
 #undef SES_COMPARE
 
 // A Mask is a nested type and cannot be deduced: the pack it came from is named.
-template <typename P>
-SES_INLINE typename P::Mask both(typename P::Mask a, typename P::Mask b) {
+template <typename Pack>
+SES_INLINE typename Pack::Mask both(typename Pack::Mask a, typename Pack::Mask b) {
   for (auto i = 0u; i < sizeof(a.r) / sizeof(a.r[0]); ++i) a.r[i] &= b.r[i];
   return a;
 }
 
-SES_PACK SES_INLINE Pack<T, B, U> select(const typename Pack<T, B, U>::Mask& m,
-                                         const Pack<T, B, U>& a, const Pack<T, B, U>& b) {
-  Pack<T, B, U> y;
-  SES_EACH y.r[i] = m.r[i] ? a.r[i] : b.r[i];
+SES_PACK SES_INLINE PackOf<Scalar, kBytes, kUnroll> select(
+    const typename PackOf<Scalar, kBytes, kUnroll>::Mask& mask,
+    const PackOf<Scalar, kBytes, kUnroll>& a, const PackOf<Scalar, kBytes, kUnroll>& b) {
+  PackOf<Scalar, kBytes, kUnroll> y;
+  SES_EACH y.r[i] = mask.r[i] ? a.r[i] : b.r[i];
   return y;
 }
 
-// a * b + c
-SES_PACK SES_INLINE Pack<T, B, U> fma(const Pack<T, B, U>& a, const Pack<T, B, U>& b,
-                                      const Pack<T, B, U>& c) {
-  Pack<T, B, U> y;
-  SES_EACH y.r[i] = fma(a.r[i], b.r[i], c.r[i]);
+// a * b + sum
+SES_PACK SES_INLINE PackOf<Scalar, kBytes, kUnroll> fma(
+    const PackOf<Scalar, kBytes, kUnroll>& a, const PackOf<Scalar, kBytes, kUnroll>& b,
+    const PackOf<Scalar, kBytes, kUnroll>& sum) {
+  PackOf<Scalar, kBytes, kUnroll> y;
+  SES_EACH y.r[i] = fma(a.r[i], b.r[i], sum.r[i]);
   return y;
 }
 
-// c - a * b
-SES_PACK SES_INLINE Pack<T, B, U> fnma(const Pack<T, B, U>& a, const Pack<T, B, U>& b,
-                                       const Pack<T, B, U>& c) {
-  Pack<T, B, U> y;
-  SES_EACH y.r[i] = fma(-a.r[i], b.r[i], c.r[i]);
+// sum - a * b
+SES_PACK SES_INLINE PackOf<Scalar, kBytes, kUnroll> fnma(
+    const PackOf<Scalar, kBytes, kUnroll>& a, const PackOf<Scalar, kBytes, kUnroll>& b,
+    const PackOf<Scalar, kBytes, kUnroll>& sum) {
+  PackOf<Scalar, kBytes, kUnroll> y;
+  SES_EACH y.r[i] = fma(-a.r[i], b.r[i], sum.r[i]);
   return y;
 }
 
-SES_PACK SES_INLINE Pack<T, B, U> sqrt(const Pack<T, B, U>& a) {
-  Pack<T, B, U> y;
+SES_PACK SES_INLINE PackOf<Scalar, kBytes, kUnroll> sqrt(const PackOf<Scalar, kBytes, kUnroll>& a) {
+  PackOf<Scalar, kBytes, kUnroll> y;
   SES_EACH y.r[i] = sqrt(a.r[i]);
   return y;
 }
 
-SES_PACK SES_INLINE Pack<T, B, U> abs(const Pack<T, B, U>& a) {
-  using P = Pack<T, B, U>;
-  P y;
-  SES_EACH y.r[i] = (typename P::Vec)((typename P::Int)a.r[i] & ~ScalarTraits<T>::kSignBit);
+SES_PACK SES_INLINE PackOf<Scalar, kBytes, kUnroll> abs(const PackOf<Scalar, kBytes, kUnroll>& a) {
+  using Pack = PackOf<Scalar, kBytes, kUnroll>;
+  Pack y;
+  SES_EACH y.r[i] =
+      (typename Pack::Vec)((typename Pack::Int)a.r[i] & ~ScalarTraits<Scalar>::kSignBit);
   return y;
 }
 
 // |a| with the sign of b
-SES_PACK SES_INLINE Pack<T, B, U> copysign(const Pack<T, B, U>& a, const Pack<T, B, U>& b) {
-  using P = Pack<T, B, U>;
-  P y;
-  SES_EACH y.r[i] = (typename P::Vec)(((typename P::Int)a.r[i] & ~ScalarTraits<T>::kSignBit) |
-                                      ((typename P::Int)b.r[i] & ScalarTraits<T>::kSignBit));
+SES_PACK SES_INLINE PackOf<Scalar, kBytes, kUnroll> copysign(
+    const PackOf<Scalar, kBytes, kUnroll>& a, const PackOf<Scalar, kBytes, kUnroll>& b) {
+  using Pack = PackOf<Scalar, kBytes, kUnroll>;
+  Pack y;
+  SES_EACH y.r[i] =
+      (typename Pack::Vec)(((typename Pack::Int)a.r[i] & ~ScalarTraits<Scalar>::kSignBit) |
+                           ((typename Pack::Int)b.r[i] & ScalarTraits<Scalar>::kSignBit));
   return y;
 }
 

@@ -51,7 +51,7 @@ void threads_and_batches(int n, int batch) {
 }
 
 template <typename T>
-Batch<T> solve_with(const ses::GroupKernel<T>& kernel, int n) {
+Batch<T> solve_with(const ses::BundleKernel<T>& kernel, int n) {
   const int count = std::max(1, kernel.lanes - 1);
   Batch<T> data = make<T>(count, n);
   const std::size_t bytes = (static_cast<std::size_t>(kernel.workspace_bytes(n)) + 63) / 64 * 64;
@@ -66,17 +66,17 @@ Batch<T> solve_with(const ses::GroupKernel<T>& kernel, int n) {
 
 template <typename T>
 void widths(int n) {
-  for (const auto& kernel : ses::portable::group_kernels<T>().width) solve_with(kernel, n);
+  for (const auto& kernel : ses::portable::bundle_kernels<T>().of_size) solve_with(kernel, n);
 #if defined(SES_X86)
   if (!__builtin_cpu_supports("avx2")) return;
-  const Batch<T> narrow = solve_with(ses::avx2::group_kernels<T>().width[1], n);
+  const Batch<T> narrow = solve_with(ses::avx2::bundle_kernels<T>().of_size[1], n);
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
-  for (int i = 0; i < 2 * ses::kGroupWidths; ++i) {
-    if (i >= ses::kGroupWidths && !avx512) break;
+  for (int i = 0; i < 2 * ses::kBundleSizes; ++i) {
+    if (i >= ses::kBundleSizes && !avx512) break;
     const Batch<T> other =
-        i < ses::kGroupWidths
-            ? solve_with(ses::avx2::group_kernels<T>().width[i], n)
-            : solve_with(ses::avx512::group_kernels<T>().width[i - ses::kGroupWidths], n);
+        i < ses::kBundleSizes
+            ? solve_with(ses::avx2::bundle_kernels<T>().of_size[i], n)
+            : solve_with(ses::avx512::bundle_kernels<T>().of_size[i - ses::kBundleSizes], n);
     const std::size_t w = std::min(narrow.w.size(), other.w.size());
     const std::size_t v = std::min(narrow.v.size(), other.v.size());
     if (std::memcmp(narrow.w.data(), other.w.data(), w * sizeof(T)) != 0 ||

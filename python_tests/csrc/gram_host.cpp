@@ -150,7 +150,7 @@ void check_arranged(ses::Arrangement arrangement, const ses::GramKernels<X, L>& 
                     const Inputs<X, L>& in, Outputs<X, L>& out) {
   const Shape& s = in.shape;
   const long n = s.n(), step = ses::together(arrangement, n);
-  const long rows = (n + ses::kLanes - 1) / ses::kLanes * ses::kLanes;
+  const long rows = (n + ses::kPanelColumns - 1) / ses::kPanelColumns * ses::kPanelColumns;
   const Workspace packed(kernels.arranged_bytes(arrangement, n));
   const Workspace grams(ses::arranged_doubles(arrangement, n) * static_cast<long>(sizeof(double)));
   for (long first = 0; first < s.batch; first += step) {
@@ -161,11 +161,11 @@ void check_arranged(ses::Arrangement arrangement, const ses::GramKernels<X, L>& 
     for (long b = 0; b < count; ++b)
       for (long i = 0; i < n; ++i)
         for (long j = 0; j <= i; ++j) {
-          const long panel = j / ses::kLanes;
+          const long panel = j / ses::kPanelColumns;
           const double got =
               arrangement == ses::Arrangement::kInterleaved
-                  ? k[((b / ses::kLanes * n + i) * n + j) * ses::kLanes + b % ses::kLanes]
-                  : k[(panel * rows + i) * ses::kLanes + j % ses::kLanes];
+                  ? k[((b / ses::kBundle * n + i) * n + j) * ses::kBundle + b % ses::kBundle]
+                  : k[(panel * rows + i) * ses::kPanelColumns + j % ses::kPanelColumns];
           const double expected = out.wide[((first + b) * n + i) * n + j];
           if (got != expected) fail("arranged gram", s, got - expected);
         }

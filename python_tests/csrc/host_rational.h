@@ -61,7 +61,7 @@ void run_launch(const Group& group, const ses::sweep::Launch& launch, float* sha
   ses::sweep::with_method(launch.method, [&](auto method) {
     using Method = decltype(method);
     constexpr int kAll =
-        Method::kPacked ? Method::kSide / 2 : ses::sweep::tile_count<Method::kTile>(Method::kSide);
+        Method::kPacked ? Method::kMaxN / 2 : ses::sweep::tile_count<Method::kTile>(Method::kMaxN);
     const int n = launch.table.layer[0].n;
     const int work = std::max(ses::sweep::tile_count<Method::kTile>(n), (n + 1) / 2);
     if (work <= group.num_threads())

@@ -285,8 +285,8 @@ Layer<M> check_bits(const Layer<M>& in, const ses::Poles& poles) {
   Layer<M> layer = in.unsolved();
   solve(layer, poles, 1);
   // The least that are arranged as the whole batch is, and a second group that is not full
-  for (const long count : {ses::kLanes / 2, ses::kLanes + 3}) {
-    if (count > ses::kLanes && in.n > ses::kMaxNTwoGroups) continue;
+  for (const long count : {ses::kBundle / 2, ses::kBundle + 3}) {
+    if (count > ses::kBundle && in.n > ses::kMaxNTwoBundles) continue;
     for (long b = 0; b < layer.batch; ++b) {
       Layer<M> copies = layer.copies_of(b, count);
       solve(copies, poles, 1);

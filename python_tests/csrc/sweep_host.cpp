@@ -29,7 +29,7 @@ std::size_t rational(const std::vector<GramLayer<float, float>>& layers, const P
     const int count = static_cast<int>(layers.size());
     if (method < 0)
       return ses::sweep::plan(layers.data(), count, poles, workspace, processors, floats);
-    ses::sweep::Workspace rest(workspace);
+    ses::sweep::Arena rest(workspace);
     std::vector<Launch> one{ses::sweep::make_launch(layers, method, poles, processors, rest)};
     *floats = rest.size();
     return one;
@@ -162,7 +162,7 @@ void closes_are_planned() {
 int main() {
   for (int method = 0; method < ses::sweep::kMethods; ++method)
     for (const int n : {1, 2, 5, 13, 25, 50})
-      if (n <= ses::sweep::side_of(method)) threads_agree(n, method, n < 10 ? kFamilies : 2);
+      if (n <= ses::sweep::max_n_of(method)) threads_agree(n, method, n < 10 ? kFamilies : 2);
   for (const int n : {1, 12, 13, 24, 25, 60}) methods_agree(n);
   layers_agree();
   closes_are_planned();
