@@ -97,7 +97,7 @@ def test_shapes_fit_into_dark_noise(preset):
     assert images.flatten(1).amax(1).min() > 255 * max(options.dimmest, options.noise) - 1
 
 
-@pytest.mark.parametrize("name", ["shapes", "moons", "spirals"])
+@pytest.mark.parametrize("name", ["shapes", "moons", "spirals", "rings"])
 def test_a_seed_draws_the_same_again(name):
     first, again = load(name, samples=80, seed=1), load(name, samples=80, seed=1)
     for one, other in ((first.train, again.train), (first.test, again.test)):
@@ -146,6 +146,16 @@ def test_spirals_have_an_arm_for_each_class():
     assert set(labels.tolist()) == {0, 1, 2}
     with pytest.raises(ValueError, match="not 1"):
         load("spirals", classes=1)
+
+
+def test_rings_have_a_radius_for_each_class():
+    points, labels = load("rings", samples=300, noise=0.0).train
+    torch.testing.assert_close(points.norm(dim=1), (labels + 1) / 3)
+    assert labels.bincount().tolist() == pytest.approx([100, 100, 100], abs=25)
+    quadrants = (2 * (points[:, 0] > 0) + (points[:, 1] > 0)).bincount()
+    assert quadrants.min() > 50  # all around
+    with pytest.raises(ValueError, match="not 1"):
+        load("rings", classes=1)
 
 
 def test_fewer_samples_of_any_dataset():

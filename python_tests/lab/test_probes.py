@@ -434,6 +434,8 @@ def test_jacobians_are_those_of_jacrev(trained, digits):
     conditions = np.linalg.cond(expected.flatten(2).double().numpy())
     result = PROBES["jacobian"](trained, x, torch.zeros(12).long(), batch_size=5)
     assert result["condition"] == pytest.approx(np.sort(conditions)[5], rel=1e-4)
+    assert result["mean_condition"] == pytest.approx(conditions.mean(), rel=1e-4)
+    assert result["std_condition"] == pytest.approx(conditions.std(ddof=1), rel=1e-4)
     assert result["log_condition"] == pytest.approx(np.log(conditions).mean(), rel=1e-4)
     norms = np.linalg.norm(expected.flatten(2).double().numpy(), axis=(1, 2))
     assert result["frobenius"] == pytest.approx(norms.mean(), rel=1e-5)
@@ -451,6 +453,7 @@ def test_a_singular_jacobian_is_counted_apart():
     expected = np.linalg.cond(net[1].weight.detach().double().numpy())
     assert result["singular"] == pytest.approx(0.4)
     assert result["condition"] == pytest.approx(expected, rel=1e-4)  # the median
+    assert result["mean_condition"] == pytest.approx(expected, rel=1e-4)  # of the others
     assert result["log_condition"] == pytest.approx(math.log(expected), rel=1e-4)
 
 

@@ -32,7 +32,7 @@ def load(
     ============================================  ================================================
     ``digits``, ``mnist5k``                       real digits; no file needed
     ``shapes`` (preset, classes, samples, ...)    drawn; see :func:`ses_lab.data.bundled.shapes`
-    ``moons``, ``spirals`` (samples, noise, ...)  points of the plane
+    ``moons``, ``spirals``, ``rings``             points of the plane (samples, noise, ...)
     ``cifar10``, ``cifar100``                     ``cifar-10-python.tar.gz`` or its folder; fine
                                                   labels
     ``svhn``                                      ``train_32x32.mat``, ``test_32x32.mat``

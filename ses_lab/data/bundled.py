@@ -192,6 +192,25 @@ def spirals(
     return _toy("spirals", points, labels, samples, classes)
 
 
+def rings(*, classes: int = 3, samples: int = 1000, noise: float = 0.03, seed: int = 0) -> Dataset:
+    """Concentric circles of points, one class each, at radii 1 / classes, 2 / classes, ..., 1.
+
+    Args:
+        classes: the number of rings, at least 2.
+        samples: to train on; a quarter as many more are the test set.
+        noise: standard deviation along each axis.
+    """
+    if classes < 2:
+        raise ValueError(f"rings need at least 2 classes, not {classes}")
+    generator = torch.Generator().manual_seed(seed)
+    total = samples + samples // 4
+    labels = torch.arange(total)[torch.randperm(total, generator=generator)] % classes
+    angle = 2 * math.pi * torch.rand(total, generator=generator)
+    points = (labels[:, None] + 1) / classes * torch.stack((angle.cos(), angle.sin()), 1)
+    points += noise * torch.randn(total, 2, generator=generator)
+    return _toy("rings", points, labels, samples, classes)
+
+
 def _toy(name: str, points: Tensor, labels: Tensor, samples: int, classes: int) -> Dataset:
     train = Split(points[:samples], labels[:samples])
     test = Split(points[samples:], labels[samples:])
@@ -199,5 +218,5 @@ def _toy(name: str, points: Tensor, labels: Tensor, samples: int, classes: int) 
 
 
 BUNDLED: dict[str, Callable[..., Dataset]] = {
-    loader.__name__: loader for loader in (digits, mnist5k, shapes, moons, spirals)
+    loader.__name__: loader for loader in (digits, mnist5k, shapes, moons, spirals, rings)
 }

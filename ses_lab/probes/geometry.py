@@ -29,8 +29,9 @@ def jacobian(
     """Singular values of J = d logits / d input, K x P per sample.
 
     ``condition``: median of sigma_max / sigma_min over the samples (inf for a singular J);
-    ``log_condition``: mean of its logarithm over the others; ``singular``: the share of singular J,
-    sigma_min within max(K, P) eps of sigma_max; ``spectral`` and ``frobenius``: mean norms.
+    ``mean_condition``, ``std_condition`` and ``log_condition``: over the others its mean, its
+    deviation and the mean of its logarithm; ``singular``: the share of singular J, sigma_min within
+    max(K, P) eps of sigma_max; ``spectral`` and ``frobenius``: mean norms.
 
     Cost: K backward passes, and an SVD of K x P a sample in float64. Sources: spectrum of J,
     Pennington, Schoenholz & Ganguli (NeurIPS 2017); its norm and generalisation, Novak et al.
@@ -42,9 +43,12 @@ def jacobian(
     largest, smallest = sigma[:, 0], sigma[:, -1]
     singular = smallest <= max(js[0].shape[1:]) * torch.finfo(images.dtype).eps * largest
     condition = torch.where(singular, torch.inf, largest / smallest)
+    finite = condition[~singular]
     return {
         "condition": condition.median().item(),
-        "log_condition": condition[~singular].log().mean().item(),
+        "mean_condition": finite.mean().item(),
+        "std_condition": finite.std().item(),
+        "log_condition": finite.log().mean().item(),
         "singular": singular.double().mean().item(),
         "spectral": largest.mean().item(),
         "frobenius": sigma.norm(dim=1).mean().item(),
