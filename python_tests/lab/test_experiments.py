@@ -302,6 +302,10 @@ def test_entropy_targets_are_beta_log_d(shaped):
     assert {k: found[f"target.{k}"] for k in targets} == pytest.approx(targets)
     distance = np.mean([abs(entropies[k] - targets[k]) for k in targets])
     assert found["distance"] == pytest.approx(distance)
+    ratios = [math.exp(entropies[k]) / widths[k] ** 0.6 for k in targets]
+    assert found["ratio"] == pytest.approx(np.mean(ratios))
+    assert found["last_ratio"] == pytest.approx(math.exp(entropies["avgpool"]) / 64**0.6)
+    assert found["near"] == np.mean([0.9 <= r <= 1.1 for r in ratios])
 
 
 def test_entropy_targets_need_ses(tmp_path):

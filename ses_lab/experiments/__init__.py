@@ -26,6 +26,7 @@ and comes after it. Published numbers are those that the named source gives, and
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -296,15 +297,22 @@ def _means(model, layers: str) -> dict[str, float]:
 def entropy_targets(folder: str | os.PathLike) -> dict[str, float]:
     """``target.<layer>``, beta log d in nats, of a run with SES; ``distance``: mean |H - target|.
 
-    Both of the last training step that measured.
+    And, of the ratios exp(H) / d^beta, what :func:`rank_dynamics` has. All of the last training
+    step that measured.
     """
     row = _last_with("entropy", folder)
     targets = row["target"]
-    distances = [abs(h - targets[layer_of(name)]) for name, h in row["entropy"].items()]
+    distances = {name: h - targets[layer_of(name)] for name, h in row["entropy"].items()}
     return {
         **{f"target.{layer}": target for layer, target in targets.items()},
-        "distance": float(np.mean(distances)),
+        "distance": float(np.mean(np.abs([*distances.values()]))),
+        **_of_ratios([math.exp(distance) for distance in distances.values()]),
     }
+
+
+def _of_ratios(ratios: Sequence[float]) -> dict[str, float]:  # rank / d^beta, the last layer's last
+    near = [abs(ratio - 1) <= 0.1 for ratio in ratios]
+    return {"ratio": float(np.mean(ratios)), "last_ratio": ratios[-1], "near": float(np.mean(near))}
 
 
 def layer_of(name: str) -> str:
@@ -315,8 +323,10 @@ def layer_of(name: str) -> str:
 def rank_dynamics(folder: str | os.PathLike) -> dict[str, float]:
     """Of the effective ranks that a run with ``rank_samples`` took after its last epoch.
 
-    ``ratio``: mean over the layers of rank / d^beta; ``spread``: the largest rank over the least;
-    ``mean``, and each ``layer.<layer>``: ranks; ``first_ratio``: ``ratio`` after the first epoch.
+    ``ratio``: mean over the layers of rank / d^beta; ``last_ratio``: that of the last layer;
+    ``near``: the share of the layers where it is 0.9 to 1.1; ``spread``: the largest rank over the
+    least; ``mean``, and each ``layer.<layer>``: ranks; ``first_ratio``: ``ratio`` after the first
+    epoch.
     """
     last = _last_with("rank", folder)
     ranks = last["rank"]
@@ -325,7 +335,7 @@ def rank_dynamics(folder: str | os.PathLike) -> dict[str, float]:
         **{f"layer.{layer}": rank for layer, rank in ranks.items()},
         "mean": float(np.mean([*ranks.values()])),
         "spread": max(ranks.values()) / min(ranks.values()),
-        "ratio": float(np.mean([*last["rank_ratio"].values()])),
+        **_of_ratios([*last["rank_ratio"].values()]),
         "first_ratio": float(np.mean([*first["rank_ratio"].values()])),
     }
 
