@@ -37,6 +37,12 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     return found
 
 
+def published(study: str) -> list[dict[str, str]]:
+    """A row for each source of a study's published numbers: where they are not defined as ours."""
+    rows = [r.model_dump(exclude={"rows", "seeds"}) for r in experiments.load(study).reference]
+    return rows or [{"source": "no published numbers at hand"}]
+
+
 def _study(name: str) -> dict[str, str]:
     experiment = experiments.load(name)
     variants = f"variants: {', '.join(experiment.variants)}"

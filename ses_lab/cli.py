@@ -48,12 +48,21 @@ def _about() -> None:
 
 @app.command("list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="studies, datasets, models, ...; all without.")] = "",
+    kind: Annotated[
+        str, typer.Argument(help="studies, datasets, ..., or a study; all without.")
+    ] = "",
 ) -> None:
-    """What there is to choose from, with parameters and their defaults."""
-    from ses_lab.catalogue import catalogue
+    """What there is to choose from, with parameters and their defaults.
+
+    Of a study: the sources of its published numbers, and in what these differ from ours.
+    """
+    from ses_lab import experiments
+    from ses_lab.catalogue import catalogue, published
     from ses_lab.names import lookup
 
+    if kind in experiments.names():
+        show(published(kind))
+        return
     found = catalogue()
     for name, rows in ({kind: lookup("kind", found, kind)} if kind else found).items():
         print(f"\n{name}\n")

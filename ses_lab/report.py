@@ -130,7 +130,8 @@ def _section(scales: Sequence[Results]) -> list[Block]:
         blocks.append(Paragraph(f"Scale {experiment.scale}: {'; '.join(settings)}."))
     for number, reference in enumerate(first.reference, 1):
         text = f"Published [{number}]: {reference.setting}. {reference.source}."
-        blocks.append(Paragraph(text))
+        differs = reference.definition
+        blocks.append(Paragraph(f"{text} Not as ours: {differs}." if differs else text))
     if not first.reference:
         blocks.append(Paragraph("No published numbers at hand."))
     rows = []

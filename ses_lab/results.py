@@ -140,7 +140,7 @@ def table(results: Results) -> list[dict[str, Any]]:
                 Contrast() if other is None else contrast(ours, results.values(other, measure))
             )
             published = [
-                {"value": r.rows[variant][measure], "source": r.source, "setting": r.setting}
+                {"value": r.rows[variant][measure], **r.model_dump(exclude={"rows", "seeds"})}
                 for r in experiment.reference
                 if measure in r.rows.get(variant, {})
             ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ses_lab import build, experiments, measure, report, spectra, training
+from ses_lab import build, experiments, measure, optim, report, spectra, training
 from ses_lab.config import Choice, ConfigError, merge
 from ses_lab.data import BUNDLED
 from ses_lab.experiments import load, run
@@ -184,6 +184,24 @@ def test_scale_then_environment_then_changes(tmp_path, monkeypatch):
     assert epochs == {"baseline": 7, "ses": 9}
     assert experiment.variants["ses"]["regularizer"] == {"ses": {"beta": 0.5}}
     assert {c.dataset.root for c in experiment.runs(tmp_path).values()} == {"/archives"}
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "epochs"),
+    [("mixup_cutmix", 50_000, {20, 35, 45}), ("beta_schedules", 50_000, {20, 35, 45}),
+     ("wide_resnet", 50_000, {20, 35, 45}), ("periodic", 50_000, {20, 35, 45}),
+     ("tiny_imagenet", 100_000, {25, 40, 52})],
+)  # fmt: skip
+def test_the_rate_falls_to_a_fifth_at_the_epochs_of_the_source(name, images, epochs):
+    config = next(iter(load(name, "full").runs(Path()).values()))
+    steps = images // config.batch_size  # the last batch is dropped, there and here
+    # The first and the last step of each epoch.
+    ends = [epoch * steps + i for epoch in range(config.epochs) for i in (0, steps - 1)]
+    total = steps * config.epochs
+    rates = [optim.multistep(step / total, **config.schedule.params) for step in ends]
+    falls = {i for i in range(1, len(rates)) if rates[i] == pytest.approx(rates[i - 1] / 5)}
+    assert falls == {2 * epoch for epoch in epochs}
+    assert rates[-1] == pytest.approx(1 / 125)
 
 
 def test_students_learn_from_the_teacher_of_their_seed():

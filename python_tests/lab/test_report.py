@@ -32,6 +32,7 @@ DOCUMENT = {
     "pareto": "corruption.mean",
     "reference": [
         {"source": "A paper, table 5", "setting": "CIFAR-100", "seeds": 3,
+         "definition": "images are mirrored too",
          "rows": {"baseline": {"accuracy": [74.31, 0.26], "corruption.mean": 45.97},
                   "k=10": {"accuracy": [74.78, 0.10], "corruption.mean": 46.6, "overhead": 19}}},
         {"source": "A report", "setting": "in words", "rows": {"k=1": {"accuracy": "70 to 72"}}},
@@ -123,7 +124,12 @@ def test_published_numbers_are_beside_ours(written):
     after = lines[lines.index(ours) + 1]
     assert after.startswith("| | published [2], n = 1 | 70 to 72 |")
     assert "| | published [1], n = 3 | 74.78 ± 0.10 |" in text
-    assert "Published [1]: CIFAR-100. A paper, table 5." in text
+    differs = "Not as ours: images are mirrored too."
+    assert f"Published [1]: CIFAR-100. A paper, table 5. {differs}" in text
+    assert "Published [2]: in words. A report.\n" in text
+    cells = json.loads((written.parent / "report.json").read_text())
+    (first,) = cell(cells, "k=10", "accuracy")["published"]
+    assert first["definition"] == "images are mirrored too"
     assert "Scale smoke: resnet18-width=8 on digits, 3 epochs." in text
 
 

@@ -15,7 +15,8 @@
     against: {ses+mixup: mixup}                        # compared with that, not with the control
     measures: [accuracy, gap, corruption.mean]         # columns of the report
     sweep: regularizer.ses.every_k                     # an axis of its figure
-    reference: [{source: ..., setting: ..., rows: {k=10: {accuracy: 75.85}}}]
+    reference:                                         # ``definition``: where it is not as ours
+      - {source: ..., setting: ..., definition: ..., rows: {k=10: {accuracy: 75.85}}}
     scales: {full: {}, smoke: {base.dataset: digits, seeds: [0, 1, 2]}}
 
 A scale is changes of the document, by the rule of :func:`ses_lab.config.merge`; ``full`` changes
@@ -61,10 +62,11 @@ METRICS = ("accuracy", "best_accuracy", "f1", "auroc", "gap", "seconds", "overhe
 
 
 class Reference(Strict):
-    """Published numbers, in the units of ours."""
+    """Published numbers, in the units of ours; ``definition`` says in what they differ still."""
 
     source: str
     setting: str
+    definition: str = ""
     seeds: int = 1
     # variant -> measure -> number, mean and deviation, or the source's words
     rows: dict[str, dict[str, float | tuple[float, float] | str]]
