@@ -219,6 +219,13 @@ def test_list():
     assert "resnet18" not in "".join(lines)
 
 
+def test_list_says_where_published_numbers_are_defined_otherwise():
+    words = " ".join(call("list", "distillation").split())
+    assert "Experiment Beta" in words
+    assert "accuracy is that of the best epoch" in words
+    assert "no published numbers at hand" in call("list", "two_views")
+
+
 def test_help_is_quick():
     code = (
         "import sys, ses_lab.cli; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"

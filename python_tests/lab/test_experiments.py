@@ -211,6 +211,7 @@ def test_students_learn_from_the_teacher_of_their_seed():
     for path, config in runs.items():
         if config.method not in ("student", "teacher"):
             assert config.teacher.run == str(teachers[config.seed])
+            assert config.teacher.weights == "best"
             assert order.index(teachers[config.seed]) < order.index(path)
 
 
