@@ -79,7 +79,7 @@ def _measures(results: Results) -> Figure:
 
 
 def _draw(experiment: Experiment, panel: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    swept = {v: x for v in points if (x := _swept(experiment, v)) is not None}
+    swept = {v: x for v in points if (x := experiment.swept(v)) is not None}
     if not swept:
         means, errors = zip(*points.values(), strict=True)
         panel.errorbar(range(len(points)), means, errors, fmt="o", capsize=3)
@@ -96,13 +96,6 @@ def _draw(experiment: Experiment, panel: Axes, points: Mapping[str, tuple[float,
         panel.axhline(mean, color="grey", linestyle="--", label=experiment.control)
         panel.axhspan(mean - error, mean + error, color="grey", alpha=0.2, linewidth=0)
         panel.legend(fontsize="x-small")
-
-
-def _swept(experiment: Experiment, variant: str) -> float | None:
-    value: Any = experiment.variants[variant] if experiment.sweep else None
-    for key in experiment.sweep.split(".") if experiment.sweep else ():
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 # variant -> (seeds, epochs), NaN where a run ended before

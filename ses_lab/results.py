@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import mannwhitneyu, ttest_rel
+from scipy.stats import mannwhitneyu, spearmanr, ttest_rel
 
 from ses_lab import experiments
 from ses_lab.config import Choice, RunConfig
@@ -166,12 +166,17 @@ def table(results: Results) -> list[dict[str, Any]]:
     return cells
 
 
+_COMPARED = {"accuracy": "accuracy", "gap": "gap", "corruption": "corruption.mean"}
+
+
 def over_studies(found: Sequence[Results]) -> list[dict[str, Any]]:
     """What the penalty changed, hardest task first: a row for each variant that adds it alone.
 
     That is a variant with SES whose opponent is the same but for SES. ``task``: accuracy of the
     opponent, which orders the rows; ``accuracy``, ``gap`` and ``corruption``: contrasts, where both
-    have the number.
+    have the number; ``gap_without`` and ``corruption_without``: means of the opponent;
+    ``published`` and ``published_without``: the difference in best accuracy, and that of the
+    opponent, by the first source that has both, else None.
     """
     rows = []
     for results in found:
@@ -184,11 +189,11 @@ def over_studies(found: Sequence[Results]) -> list[dict[str, Any]]:
             tasks = results.values(other, "accuracy")
             if not tasks:
                 continue
-            measured = {
-                key: contrast(results.values(variant, name), results.values(other, name))
-                for key, name in (("accuracy", "accuracy"), ("gap", "gap"),
-                                  ("corruption", "corruption.mean"))
-            }  # fmt: skip
+            measured: dict[str, Any] = {}
+            for key, name in _COMPARED.items():
+                theirs = results.values(other, name)
+                measured[key] = contrast(results.values(variant, name), theirs)
+                measured[f"{key}_without"] = float(np.mean([*theirs.values()])) if theirs else None
             rows.append(
                 {
                     "study": experiment.name,
@@ -197,10 +202,43 @@ def over_studies(found: Sequence[Results]) -> list[dict[str, Any]]:
                     "against": other,
                     "on": f"{config.model.slug}, {config.dataset.slug}",
                     "task": float(np.mean([*tasks.values()])),
+                    **_published(experiment, variant, other),
                     **measured,
                 }
             )
     return sorted(rows, key=lambda row: row["task"])
+
+
+def _published(experiment: Experiment, variant: str, other: str) -> dict[str, float | None]:
+    for reference in experiment.reference:
+        pair = [reference.rows.get(v, {}).get("best_accuracy") for v in (variant, other)]
+        means = [value[0] if isinstance(value, tuple) else value for value in pair]
+        if all(isinstance(mean, float) for mean in means):
+            return {"published": means[0] - means[1], "published_without": means[1]}
+    return {"published": None, "published_without": None}
+
+
+def by_difficulty(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
+    """Of each difference in rows of :func:`over_studies`: Spearman's correlation with ``task``.
+
+    And over how many pairs, three at the least; of ``published`` with ``published_without``.
+    Negative where harder tasks gain more. The same runs in several studies count once. Pairs that
+    share an opponent are not independent, so that there is no p.
+    """
+    values = {key: {(row["task"], row[key].difference) for row in rows} for key in _COMPARED}
+    values["published"] = {(row["published_without"], row["published"]) for row in rows}
+    found = {}
+    for key, pairs in values.items():
+        points = np.array([pair for pair in pairs if None not in pair])
+        if len(points) > 2 and np.ptp(points, axis=0).all():
+            found[key] = float(spearmanr(points).statistic), len(points)
+    return found
+
+
+def shapes(config: RunConfig) -> bool:
+    """Whether the penalty of a run is more than a measurement."""
+    ses = config.regularizer.ses
+    return ses is not None and ses.get("lambda_ses", 1) != 0
 
 
 def _adds_ses(ours: RunConfig, other: RunConfig) -> bool:
@@ -209,11 +247,7 @@ def _adds_ses(ours: RunConfig, other: RunConfig) -> bool:
         del fields["method"]
         return {**fields, "regularizer": {**fields["regularizer"], "ses": None}}
 
-    def shaped(config: RunConfig) -> bool:
-        ses = config.regularizer.ses
-        return ses is not None and ses.get("lambda_ses", 1) != 0
-
-    return shaped(ours) and not shaped(other) and without(ours) == without(other)
+    return shapes(ours) and not shapes(other) and without(ours) == without(other)
 
 
 def _finite(value: float) -> float | None:  # JSON has no NaN

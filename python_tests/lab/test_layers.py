@@ -12,8 +12,8 @@ LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
           "twoviews", "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
           "probes.representation", "probes", "weights", "spectra", "sinks", "rank", "shaping",
           "config", "folder", "regimes", "build", "engine", "training", "measure", "transfer",
-          "experiments", "catalogue", "results", "figures", "document", "report", "launch", "cli",
-          "__main__"]  # fmt: skip
+          "experiments", "catalogue", "results", "predictions", "figures", "document", "report",
+          "launch", "cli", "__main__"]  # fmt: skip
 
 
 def imports_of(path):

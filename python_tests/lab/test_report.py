@@ -17,7 +17,16 @@ from scipy import stats
 from ses_lab import document, experiments, figures, report
 from ses_lab.config import ConfigError
 from ses_lab.folder import RunFolder, write_json
-from ses_lab.results import collect, contrast, holm, over_studies, table
+from ses_lab.predictions import findings
+from ses_lab.results import (
+    Contrast,
+    by_difficulty,
+    collect,
+    contrast,
+    holm,
+    over_studies,
+    table,
+)
 
 DOCUMENT = {
     "title": "Every k-th step",
@@ -281,6 +290,70 @@ def test_over_studies_is_in_the_order_of_difficulty(folder, tmp_path):
     experiment = results.experiment.model_copy(update={"variants": variants})
     (row,) = over_studies([results._replace(experiment=experiment)])
     assert row["variant"] == "k=1"
+
+
+def test_by_difficulty(folder):
+    results = collect(folder / "periodic" / "smoke")
+    rows = over_studies([results])
+    assert (rows[0]["gap_without"], rows[0]["corruption_without"]) == pytest.approx((13, 53))
+    assert [row["published"] for row in rows] == [None, None]  # of best accuracy there is none
+    sources = [
+        {"source": "s", "setting": "t", "rows": {v: {"best_accuracy": n} for v, n in rows.items()}}
+        for rows in ({"k=1": "70 to 72"}, {"baseline": [70, 1], "k=1": 71.5})
+    ]
+    changed = {**results.experiment.model_dump(), "reference": sources}
+    experiment = experiments.Experiment.model_validate(changed)
+    (row, _) = over_studies([results._replace(experiment=experiment)])
+    assert (row["published"], row["published_without"]) == (pytest.approx(1.5), 70)
+    rows = [{"task": task, "accuracy": Contrast(gain), "gap": Contrast(), "published": gain,
+             "published_without": 100 - task, "corruption": Contrast(gain if task < 90 else None)}
+            for task, gain in ((50, 3.0), (60, 2.5), (70, 1.0), (90, 2.0), (50, 3.0))]  # fmt: skip
+    found = by_difficulty(rows)
+    # Ranks 1 2 3 4 against 4 3 1 2: 1 - 6 sum d^2 / (n^3 - n)
+    assert found["accuracy"] == (pytest.approx(1 - 6 * 18 / 60), 4)  # the fifth is the first
+    assert found["published"] == (pytest.approx(6 * 18 / 60 - 1), 4)
+    assert found["corruption"] == (pytest.approx(-1), 3)
+    assert "gap" not in found
+    assert by_difficulty(rows[:2]) == {}
+
+
+def test_predictions_by_hand(folder, written):
+    results = collect(folder / "periodic" / "smoke")
+    for variant, numbers in (("baseline", (40.0, 0.1, 0.3)), ("k=1", (16.0, 1.0, 0.8)),
+                             ("k=10", (32.0, 0.9, 0.4))):  # fmt: skip
+        for seed, run in results.runs[variant].items():
+            condition, near, last = numbers
+            run |= {"jacobian.mean_condition": condition, "entropy.near": near,
+                    "entropy.last_ratio": last + 0.01 * seed, "entropy.ratio": 0.95}  # fmt: skip
+    found = {p.name: fs for p, fs in findings([results])}
+    # gaps: 13 without; 9 and 13, of two seeds 14 without: -4 / 13, -1 / 13 of it
+    (gap,) = found["P1"]
+    assert gap.measured.startswith("median -19.2 %, less in 2 of 2 pairs, by 15 % or more in 1")
+    assert gap.met
+    (error,) = found["P2"]  # errors: 47 without, 10 and 1 points less
+    assert error.measured.startswith("median -11.7 %")
+    assert [f.met for f in found["P3"]] == [True, False]
+    assert found["P3"][1].measured == (
+        "90 % of the layers within 10 %, 0.95 on average; without the penalty 10 %"
+    )
+    assert [f.measured for f in found["P4"]] == [
+        "40.0 to 16.0, 2.50 times less", "40.0 to 32.0, 1.25 times less",
+    ]  # fmt: skip
+    assert [f.met for f in found["P4"]] == [True, False]
+    assert [f.met for f in found["P5"]] == [True, False]
+    assert found["P5"][0].where == "periodic k=1, smoke, 3 epochs"
+    assert found["P6"] == []  # sweeps another option
+    experiment = results.experiment.model_copy(
+        update={"sweep": "regularizer.ses.beta",
+                "variants": {name: {"regularizer": {"ses": {"beta": beta}}}
+                             for name, beta in (("baseline", 0.3), ("k=1", 0.5), ("k=10", 0.9))}}
+    )  # fmt: skip
+    _, (sweep,) = findings([results._replace(experiment=experiment)])[-1]
+    assert sweep == ("periodic, smoke", "gap 13.00 at 0.3, 9.00 at 0.5, 13.00 at 0.9", False)
+    text = written.read_text()
+    assert "test accuracy, where there is one | 15 to 30 % less;" in text
+    assert "| P4: lower condition number of the Jacobian |" in text
+    assert "| not measured | |" in text
 
 
 class Page(HTMLParser):

@@ -115,6 +115,13 @@ class Experiment(Strict):
         other = self.against.get(variant, self.control)
         return None if other == variant else other
 
+    def swept(self, variant: str) -> float | None:
+        """The value of ``sweep`` in a variant; None where there is none."""
+        value: Any = self.variants[variant] if self.sweep else None
+        for key in self.sweep.split(".") if self.sweep else ():
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
     def runs(self, root: Path, variants: Sequence[str] = ()) -> dict[Path, RunConfig]:
         """Folder -> configuration of every run, those that others learn from before them.
 
