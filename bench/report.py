@@ -1,4 +1,4 @@
-"""Rows to a Markdown table and a plot: python -m bench.report bench/results/<device>.json"""
+"""Rows to Markdown tables and a plot: python -m bench.report bench/results/<device>.json"""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ import json
 import sys
 from pathlib import Path
 
+from bench import accuracy
 from bench.bench_sweep import FIXED_BATCHES, FIXED_SIZES
 from bench.bench_training import BY_ITSELF, PLAIN, SES
 from bench.measure import BASE
 
 Row = dict
 
+IN_SHORT = {  # shapes of the table that the README has, and their names there
+    "single-256x2048": "one layer, 256 x 2048",
+    "ResNet-18-B256": "ResNet-18, 9 layers, B = 256",
+    "ResNet-50-B256": "ResNet-50, 4 layers, B = 256",
+    "ViT-B-heads-3072x197x64": "ViT-B heads, 3072 of 197 x 64",
+    "4096x16x32": "4096 of 16 x 32",
+}
+OTHERS = {  # its providers, and their names there
+    "paper": "paper's recipe",
+    "svdvals": "svdvals",
+    "gram, autograd": "Gram, autograd",
+    "gram, closed form": "Gram, closed form",
+}
 PARTS = {  # modes that share a table
     "Entropies of a network's layers": ("forward", "forward+backward"),
     "From Gram matrices to entropy and gradient": ("solver",),
@@ -25,12 +39,46 @@ def table(rows: list[Row]) -> str:
 
     Ours in milliseconds, the others as their time over ours in the same round: median (quartiles).
     """
+    if errors := [row for row in rows if "family" in row]:
+        return f"## Errors on hard spectra\n\n{accuracy.table(errors)}"
     measured = [row for row in rows if "seconds" in row]
     parts = {title: [r for r in measured if r["mode"] in modes] for title, modes in PARTS.items()}
     tables = {title: _table(part) for title, part in parts.items() if part}
+    if short := in_short(measured):
+        tables = {"In short": short} | tables
     if steps := [row for row in measured if row["mode"] == "training"]:
         tables["A training step, without SES and with it"] = _training_table(steps)
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
+
+
+def text(rows: list[Row]) -> str:
+    """What stands beside the rows: their tables, and where they come from."""
+    return f"{table(rows)}\n\n{origin(rows)}\n"
+
+
+def in_short(measured: list[Row]) -> str:
+    """The other's time over ours, forward and backward in float32: medians of paired rounds."""
+    lines = []
+    for (shape, dtype, mode, _), by_name in _grouped(measured).items():
+        if shape in IN_SHORT and (dtype, mode) == ("float32", "forward+backward"):
+            found = (by_name.get(name) for name in OTHERS)
+            cells = [f"{row[f'over {BASE}'][1]:.3g}" if row else "-" for row in found]
+            lines.append(f"| {IN_SHORT[shape]} | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    titles = ["forward + backward, float32", *OTHERS.values()]
+    return "\n".join([f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *lines])
+
+
+def origin(rows: list[Row]) -> str:
+    """Where, with what and at which commit the rows were measured."""
+    facts = {}
+    for row in rows:
+        versions = ", ".join(f"{name} {v}" for name, v in row.get("versions", {}).items() if v)
+        commit = row.get("commit", "unknown")[:10] + " and changes" * bool(row.get("dirty"))
+        key = f"{row['device']}, {row['threads']} threads, {versions}; commit {commit}"
+        facts[key] = max(facts.get(key, ""), row.get("date", "")[:10])
+    return "\n\n".join(f"{key}{date and ', '}{date}" for key, date in facts.items())
 
 
 def _table(measured: list[Row]) -> str:
@@ -174,11 +222,11 @@ def _plot_sweep(axes, rows, along: str, x: int, of: str, fixed: int, values: lis
 
 def write(results: Path) -> None:
     rows = json.loads(results.read_text())["rows"]
-    text = table(rows)
-    results.with_suffix(".md").write_text(text + "\n")
-    if shapes := [row for row in rows if row["mode"] != "training"]:
+    made = text(rows)
+    results.with_suffix(".md").write_text(made)
+    if shapes := [row for row in rows if row.get("mode", "training") != "training"]:
         plot(shapes, results.with_suffix(".png"))
-    print(text)
+    print(made, end="")
 
 
 if __name__ == "__main__":
