@@ -3,6 +3,7 @@
     python tools/rational_coefficients.py            # print the table
     python tools/rational_coefficients.py --write    # put it into that file
     python tools/rational_coefficients.py --check    # exit code 1 if it is not what stands there
+    python tools/rational_coefficients.py --plot docs/img/rational.svg    # the error of what does
 
 Less than a minute on one core; every digit of the double precision numbers is compared.
 
@@ -176,12 +177,44 @@ def table() -> str:
     return "\n".join([*lines, "}", ""])
 
 
+def plot(path: Path) -> None:
+    """|x e(x)| and |x^(1/2) e(x)| of the numbers in that file, rounded to double precision."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "rational"  # the same file each time
+    import matplotlib.pyplot as plt
+
+    from ses_kernels.rational_coefficients import POLES, columns
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    titles = {"1": "|x e(x)|: of the entropy", "1/2": "|x^(1/2) e(x)|: of its gradient"}
+    xs = [mpf(10) ** (-mpf(i) / 15) for i in range(16 * 15 + 1)]
+    for axis, (a, title) in zip(axes, titles.items(), strict=True):
+        for gram, result in POLES:
+            c, t, w = columns(gram, result)
+            with mp.workdps(DIGITS):
+                error = [abs(weighted_error(x, mpf(a), t, w, c)) for x in xs]
+            label = f"{len(t)} poles: K {gram}, H {result}".replace("torch.", "")
+            axis.loglog(xs, error, label=label, linewidth=1)
+        axis.set_title(title, fontsize="medium")
+        axis.set_xlabel("x, an eigenvalue of K / tr K")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize="x-small", loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", action="store_true", help=f"rewrite {TARGET.name}")
     mode.add_argument("--check", action="store_true", help=f"compare with {TARGET.name}")
+    mode.add_argument("--plot", type=Path, metavar="SVG", help=f"the error of {TARGET.name}")
     options = parser.parse_args()
+    if options.plot:
+        plot(options.plot)
+        return 0
     head, name, old = TARGET.read_text().partition("POLES = {")
     new = table()
     if options.check:
