@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # What the extension and the environment are made from: a change to any of it installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/per_isa/*)
 
-.PHONY: demo mnist lab zoo test test-minimal bench lint clean
+.PHONY: demo mnist lab zoo test test-minimal bench lint docs clean
 
 demo: $(VENV)/demo.stamp  ## train on handwritten digits with and without the entropy penalty
 	$(BIN)/python examples/digits.py
@@ -44,6 +44,10 @@ lint: $(VENV)/test.stamp  ## style of Python and C++, types of ses_kernels
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/per_isa/*)
 
+# The docstrings are read as text: nothing is imported, and it takes seconds.
+docs: $(VENV)/test.stamp  ## site/index.html; a warning or a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/%.stamp: $(INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[$*]"
@@ -51,6 +55,6 @@ $(VENV)/%.stamp: $(INPUTS)
 	touch $@
 
 clean:  ## all that the targets above made
-	rm -rf $(VENV) $(VENV)-zoo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist experiments
+	rm -rf $(VENV) $(VENV)-zoo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks digits.png mnist experiments site
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find ses_kernels -name '*.so' -delete

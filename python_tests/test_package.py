@@ -1,4 +1,4 @@
-"""The package as a whole: layers, imports without its optional parts, the README's example."""
+"""The package as a whole: layers, imports without its optional parts."""
 
 import ast
 import pathlib
@@ -113,15 +113,6 @@ def test_main_prints_every_part():
         "Gram",
     ):
         assert word in done.stdout
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/shaping.md", "docs/migration.md"])
-def test_examples_run(page):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
-    assert blocks
-    for block in blocks:
-        done = run(block)
-        assert done.returncode == 0, block + done.stderr
 
 
 def test_no_environment_variable_changes_behaviour():

@@ -56,18 +56,22 @@ def spectral_entropy(
     group: torch.distributed.ProcessGroup | None = None,
     return_bound: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (..., B, d) -> (...)
-    r"""Entropy, in nats, of the normalised spectrum of a matrix of B samples and d features.
+    """Entropy, in nats, of the normalised spectrum of a matrix of B samples and d features.
 
-    With :math:`\sigma_i` the singular values of x (its column means removed if ``center``),
-    :math:`p_i = \sigma_i^{power} / \sum_j \sigma_j^{power}` and :math:`H = -\sum_i p_i \log p_i`,
-    where 0 log 0 = 0. Equivalent to, for the defaults::
-
-        s = torch.linalg.svdvals(x - x.mean(-2, keepdim=True)) ** 2
-        p = s / s.sum(-1, keepdim=True)
-        H = torch.special.entr(p).sum(-1)
-
-    but from the Gram matrix of the smaller side, with a closed-form gradient: no derivative of an
+    With σ_i the singular values of x (its column means removed if ``center``),
+    p_i = σ_i^power / Σ_j σ_j^power and H = -Σ_i p_i log p_i, where 0 log 0 = 0. It is taken from
+    the Gram matrix of the smaller side, with a closed-form gradient: no derivative of an
     eigenvector, so repeated and zero eigenvalues are no special case.
+
+    Example: by its definition, for the defaults.
+
+        >>> x = torch.randn(256, 512)
+        >>> s = torch.linalg.svdvals(x - x.mean(-2, keepdim=True)) ** 2
+        >>> p = s / s.sum(-1, keepdim=True)
+        >>> H = torch.special.entr(p).sum(-1)
+        >>> torch.testing.assert_close(ses_kernels.spectral_entropy(x), H, rtol=1e-5, atol=0)
+        >>> ses_kernels.spectral_entropy(torch.eye(2), center=False)  # log 2
+        tensor(0.6931)
 
     Args:
         x: ``(..., B, d)``, float16, bfloat16, float32 or float64, any strides, any device.
@@ -165,6 +169,11 @@ def spectral_entropies(
 ) -> Tensor:  # L tensors (B_l, d_l) -> (L,)
     """Spectral entropies of many layers at once: one solver call for all layers of equal min(B, d).
 
+    Example:
+        >>> layers = [torch.eye(2), torch.eye(4)]
+        >>> ses_kernels.spectral_entropies(layers, center=False)
+        tensor([0.6931, 1.3863])
+
     Args:
         xs: L matrices ``(B_l, d_l)`` on one device; B, d and dtype may differ.
 
@@ -209,6 +218,11 @@ def effective_rank(
 
     ``power=1`` is the effective rank of Roy & Vetterli (2007) and, with ``center=False``, RankMe
     (Garrido et al., ICML 2023). Options, shapes, errors and cost: :func:`spectral_entropy`.
+
+    Example:
+        >>> two_of_three = torch.diag(torch.tensor([1.0, 1.0, 0.0]))
+        >>> ses_kernels.effective_rank(two_of_three, center=False)
+        tensor(2.)
     """
     return spectral_entropy(
         x, center=center, power=power, order=order, solver=solver, rank=rank, backend=backend,

@@ -12,6 +12,11 @@ from ses_kernels.checks import FLOATING, SINGLE_AND_DOUBLE, check
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., n, n)
     """Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices.
 
+    Example:
+        >>> w, v = ses_kernels.linalg.eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> w
+        tensor([1., 3.])
+
     Args:
         a: ``(..., n, n)``, float32 or float64; only the lower triangle is read.
 
@@ -22,7 +27,8 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., 
     O(n^3) a matrix. A NaN or Inf gives NaN for that matrix alone.
 
     Raises:
-        TypeError: another dtype. ValueError: not square matrices, or an empty axis.
+        TypeError: another dtype.
+        ValueError: not square matrices, or an empty axis.
         RuntimeError: a requires grad (use :func:`torch.linalg.eigh`, or for a function of the
             spectrum :func:`ses_kernels.spectral_entropy`, whose gradient needs no eigenvector's).
     """
@@ -36,6 +42,11 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD, x = U diag(S) Vh: (..., B, d) -> (..., B, n), (..., n), (..., n, d), n = min(B, d).
+
+    Example:
+        >>> x = torch.randn(10, 4, 6)
+        >>> u, s, vh = ses_kernels.linalg.svd(x)
+        >>> torch.testing.assert_close(u * s[:, None] @ vh, x, rtol=1e-4, atol=1e-5)
 
     Args:
         x: ``(..., B, d)``, float16, bfloat16, float32 or float64; the result is float32 (float64).
@@ -57,6 +68,10 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def svdvals(x: Tensor) -> Tensor:  # (..., B, d) -> (..., n)
     """Singular values, descending, n = min(B, d).
+
+    Example:
+        >>> ses_kernels.linalg.svdvals(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
+        tensor([3., 2., 1.])
 
     float32 and half inputs: square roots of the eigenvalues of the float64 Gram matrix, an absolute
     error of about 1e-8 sigma_max at worst, below float32 round-off. float64 inputs:

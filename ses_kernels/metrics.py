@@ -29,13 +29,17 @@ class Options(TypedDict, total=False):
 
 
 def rankme(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., B, d) -> (...)
-    r"""RankMe of B embeddings: exp of the entropy of :math:`p_k = \sigma_k / \sum_j \sigma_j`.
+    """RankMe of B embeddings: exp of the entropy of p_k = σ_k / Σ_j σ_j.
 
     The mean is not removed. The published value adds 1e-7 to every p_k to keep log 0 away, which
     moves it by a factor of at most exp(1.7e-6 min(B, d)); here 0 log 0 = 0. Dtypes, errors, cost
     and options: :func:`ses_kernels.spectral_entropy`.
 
     Source: Garrido, Balestriero, Najman & LeCun (ICML 2023).
+
+    Example:
+        >>> ses_kernels.metrics.rankme(torch.eye(8)[:5])  # five directions of eight
+        tensor(5.)
     """
     return effective_rank(x, center=False, power=1, order=1, **options)
 
@@ -55,6 +59,11 @@ def vendi_score(
 
     Sources: Friedman & Dieng (TMLR 2023); orders: Pasarkar & Dieng, "Cousins of the Vendi Score"
     (AISTATS 2024).
+
+    Example:
+        >>> x = torch.eye(3)[[0, 0, 1, 1]]  # four samples, each of them twice
+        >>> ses_kernels.metrics.vendi_score(x)
+        tensor(2.)
     """
     return effective_rank(_unit_rows(x), center=False, power=2, order=order, **options)
 
@@ -67,6 +76,10 @@ def vne(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., B, d) -> (...
     errors, cost and options: :func:`ses_kernels.spectral_entropy`.
 
     Source: Kim, Kang, Hwang, Shin & Rhee (CVPR 2023).
+
+    Example:
+        >>> ses_kernels.metrics.vne(torch.eye(4))  # log 4
+        tensor(1.3863)
     """
     return spectral_entropy(_unit_rows(x), center=False, power=2, order=1, **options)
 
@@ -78,6 +91,11 @@ def participation_ratio(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..
     :func:`ses_kernels.spectral_entropy`.
 
     Source: Litwin-Kumar, Harris, Axel, Sompolinsky & Abbott, Neuron 93 (2017).
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> ses_kernels.metrics.participation_ratio(x)
+        tensor(2.)
     """
     return effective_rank(x, center=True, power=2, order=2, **options)
 
@@ -89,6 +107,10 @@ def stable_rank(w: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., m, n)
     Dtypes, errors, cost and options: :func:`ses_kernels.spectral_entropy`.
 
     Source: Rudelson & Vershynin, "Sampling from large matrices", J. ACM 54 (2007).
+
+    Example:
+        >>> ses_kernels.metrics.stable_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0])))  # 6 / 4
+        tensor(1.5000)
     """
     return effective_rank(w, center=False, power=2, order=math.inf, **options)
 

@@ -16,7 +16,8 @@ _RANGES = {
     "alpha": ("finite, at least 0", lambda v: 0 <= v < math.inf),
     "lambda_ses": ("finite and at least 0", lambda v: 0 <= v < math.inf),
 }
-_SCHEDULES = {kind.__name__: kind for kind in (schedules.Linear, schedules.Cosine, schedules.Steps)}
+_KINDS = (schedules.Linear, schedules.Cosine, schedules.Steps)
+_SCHEDULES = {kind.__name__: kind for kind in _KINDS}
 
 
 def require(condition: bool, option: str, range_: str, got) -> None:
@@ -62,7 +63,7 @@ def written(value: Number):
     """A number or a schedule as a checkpoint can have it; None for a function of someone's own."""
     if not callable(value):
         return value
-    if isinstance(value, (schedules.Linear, schedules.Cosine, schedules.Steps)):
+    if isinstance(value, _KINDS):
         return {type(value).__name__: asdict(value)}
     return None
 

@@ -42,10 +42,18 @@ class Row(NamedTuple):
 class Term:
     """One target of a :class:`SESRegularizer`; what is None is the regulariser's own option.
 
+    Example:
+        >>> encoder = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(encoder, 4)
+        >>> terms = [ses_kernels.Term("blocks", last=1), ses_kernels.Term("attention", alpha=0.5)]
+        >>> ses_kernels.SESRegularizer(model, terms=terms).layers[-2:]
+        ('layers.3', 'layers.3.self_attn')
+
     Args:
         layers: what it measures, as for :class:`SESRegularizer`.
         last: only the last n of each target.
-        beta, alpha, pool, select, batch_axis, feature_axis: as for :class:`SESRegularizer`.
+
+    The others are those of :class:`SESRegularizer`.
     """
 
     layers: _layers.Layers = None
@@ -59,15 +67,19 @@ class Term:
 
 
 class SESRegularizer:
-    r"""The penalty :math:`\lambda \sum_l \alpha_l (H_l - \beta_l \log d_l)^2` of a model's layers.
+    """The penalty λ Σ_l α_l (H_l - β_l log d_l)² of a model's layers.
 
     H_l is the spectral entropy (:func:`spectral_entropy`, nats) of the N x d_l features that layer
-    l puts out, one row a sample of the batch, taken by forward hooks. ::
+    l puts out, one row a sample of the batch, taken by forward hooks.
 
-        reg = ses_kernels.SESRegularizer(model, hook_last_n=3)
-        loss = criterion(model(x), y) + reg.loss()  # once per step
-        reg.entropies  # {"layer4.1": 4.21, ...}
-        print(reg.summary())  # what was measured, layer by layer
+    Example:
+        >>> encoder = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(encoder, 4)
+        >>> reg = ses_kernels.SESRegularizer(model, hook_last_n=2)
+        >>> loss = model(torch.randn(64, 5, 16)).square().mean() + reg.loss()  # once per step
+        >>> loss.backward()
+        >>> list(reg.entropies)  # reg.summary() has more: what was measured, layer by layer
+        ['layers.2', 'layers.3']
 
     Args:
         model: hooked in place, compiled or not, inside or outside DDP or FSDP2. The regulariser
@@ -98,8 +110,9 @@ class SESRegularizer:
         select: the tensor of an output that is a tuple, mapping or dataclass: an index, a key, or a
             function of the output; or a mapping from names and globs. None: ``last_hidden_state``,
             the first of a tuple, or the only floating-point tensor.
-        batch_axis, feature_axis: the axes of the samples and of the features, where they are not
-            what they are taken for; or mappings from names and globs. See :meth:`summary`.
+        batch_axis: the axis of the samples, where it is not the one it is taken for; or a mapping
+            from names and globs. See :meth:`summary`.
+        feature_axis: the same for the features.
         terms: several :class:`Term`, each with its own layers and options, in place of ``layers``
             and ``hook_last_n``; one solver call for all of them.
         strict: every hooked layer has to run in the first step. False: those that do not (dropped

@@ -51,6 +51,11 @@ class Steps:
 def linear(start: float, end: float, steps: int) -> Linear:
     """``start`` at step 0, ``end`` from step ``steps`` on, a straight line between.
 
+    Example:
+        >>> beta = ses_kernels.schedules.linear(0.9, 0.5, steps=1000)
+        >>> beta(0), round(beta(500), 3), beta(2000)
+        (0.9, 0.7, 0.5)
+
     ValueError unless ``steps`` is an int of at least 1.
     """
     return Linear(float(start), float(end), _count(steps))
@@ -58,6 +63,11 @@ def linear(start: float, end: float, steps: int) -> Linear:
 
 def cosine(start: float, end: float, steps: int) -> Cosine:
     """``start`` at step 0, ``end`` from step ``steps`` on, half a cosine between.
+
+    Example:
+        >>> beta = ses_kernels.schedules.cosine(0.9, 0.5, steps=1000)
+        >>> beta(0), round(beta(500), 3), beta(2000)
+        (0.9, 0.7, 0.5)
 
     ValueError unless ``steps`` is an int of at least 1.
     Source: Loshchilov & Hutter, ICLR 2017, without restarts.
@@ -67,6 +77,11 @@ def cosine(start: float, end: float, steps: int) -> Cosine:
 
 def step(values: Sequence[float], milestones: Sequence[int]) -> Steps:
     """``values[0]``, then ``values[i]`` from step ``milestones[i - 1]`` on.
+
+    Example:
+        >>> beta = ses_kernels.schedules.step([0.3, 0.7, 0.9], milestones=[100, 200])
+        >>> beta(99), beta(100), beta(200)
+        (0.3, 0.7, 0.9)
 
     ValueError unless there is one value more than milestones, and those rise.
     """

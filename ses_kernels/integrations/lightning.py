@@ -16,9 +16,7 @@ except ImportError:  # the same library under its older name
 
 
 class SESCallback(Callback):
-    """Adds the penalty of a :class:`SESRegularizer` to the loss that ``training_step`` returns.
-
-    ::
+    """Adds the penalty of a :class:`SESRegularizer` to the loss that ``training_step`` returns:
 
         trainer = Trainer(callbacks=[SESCallback(beta=0.7, lambda_ses=0.01, hook_last_n=3)])
 

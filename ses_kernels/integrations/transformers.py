@@ -7,9 +7,7 @@ from ses_kernels.regularizer import SESRegularizer
 
 
 class SESTrainerMixin:
-    """Adds the penalty of a :class:`SESRegularizer` in ``compute_loss``, in training only.
-
-    ::
+    """Adds the penalty of a :class:`SESRegularizer` in ``compute_loss``, in training only:
 
         class MyTrainer(SESTrainerMixin, Trainer): ...
 
