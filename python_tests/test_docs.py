@@ -70,7 +70,7 @@ def test_page_runs(
     with contextlib.redirect_stdout(printed):
         for block in blocks(page, "python"):
             exec(compile(block, page, "exec"), namespace)
-    for block in blocks(page, "text"):
+    for block in blocks(page, "console"):
         assert block in printed.getvalue()
 
 

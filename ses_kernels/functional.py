@@ -63,7 +63,8 @@ def spectral_entropy(
     the Gram matrix of the smaller side, with a closed-form gradient: no derivative of an
     eigenvector, so repeated and zero eigenvalues are no special case.
 
-    Example: by its definition, for the defaults.
+    Examples:
+        By its definition, for the defaults:
 
         >>> x = torch.randn(256, 512)
         >>> s = torch.linalg.svdvals(x - x.mean(-2, keepdim=True)) ** 2
@@ -169,7 +170,7 @@ def spectral_entropies(
 ) -> Tensor:  # L tensors (B_l, d_l) -> (L,)
     """Spectral entropies of many layers at once: one solver call for all layers of equal min(B, d).
 
-    Example:
+    Examples:
         >>> layers = [torch.eye(2), torch.eye(4)]
         >>> ses_kernels.spectral_entropies(layers, center=False)
         tensor([0.6931, 1.3863])
@@ -219,7 +220,7 @@ def effective_rank(
     ``power=1`` is the effective rank of Roy & Vetterli (2007) and, with ``center=False``, RankMe
     (Garrido et al., ICML 2023). Options, shapes, errors and cost: :func:`spectral_entropy`.
 
-    Example:
+    Examples:
         >>> two_of_three = torch.diag(torch.tensor([1.0, 1.0, 0.0]))
         >>> ses_kernels.effective_rank(two_of_three, center=False)
         tensor(2.)

@@ -12,7 +12,7 @@ from ses_kernels.checks import FLOATING, SINGLE_AND_DOUBLE, check
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., n, n)
     """Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices.
 
-    Example:
+    Examples:
         >>> w, v = ses_kernels.linalg.eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
         >>> w
         tensor([1., 3.])
@@ -43,7 +43,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:  # (..., n, n) -> (..., n), (..., 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD, x = U diag(S) Vh: (..., B, d) -> (..., B, n), (..., n), (..., n, d), n = min(B, d).
 
-    Example:
+    Examples:
         >>> x = torch.randn(10, 4, 6)
         >>> u, s, vh = ses_kernels.linalg.svd(x)
         >>> torch.testing.assert_close(u * s[:, None] @ vh, x, rtol=1e-4, atol=1e-5)
@@ -69,7 +69,7 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def svdvals(x: Tensor) -> Tensor:  # (..., B, d) -> (..., n)
     """Singular values, descending, n = min(B, d).
 
-    Example:
+    Examples:
         >>> ses_kernels.linalg.svdvals(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
         tensor([3., 2., 1.])
 

@@ -37,7 +37,7 @@ def rankme(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., B, d) -> (
 
     Source: Garrido, Balestriero, Najman & LeCun (ICML 2023).
 
-    Example:
+    Examples:
         >>> ses_kernels.metrics.rankme(torch.eye(8)[:5])  # five directions of eight
         tensor(5.)
     """
@@ -60,7 +60,7 @@ def vendi_score(
     Sources: Friedman & Dieng (TMLR 2023); orders: Pasarkar & Dieng, "Cousins of the Vendi Score"
     (AISTATS 2024).
 
-    Example:
+    Examples:
         >>> x = torch.eye(3)[[0, 0, 1, 1]]  # four samples, each of them twice
         >>> ses_kernels.metrics.vendi_score(x)
         tensor(2.)
@@ -77,7 +77,7 @@ def vne(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., B, d) -> (...
 
     Source: Kim, Kang, Hwang, Shin & Rhee (CVPR 2023).
 
-    Example:
+    Examples:
         >>> ses_kernels.metrics.vne(torch.eye(4))  # log 4
         tensor(1.3863)
     """
@@ -92,7 +92,7 @@ def participation_ratio(x: Tensor, **options: Unpack[Options]) -> Tensor:  # (..
 
     Source: Litwin-Kumar, Harris, Axel, Sompolinsky & Abbott, Neuron 93 (2017).
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         >>> ses_kernels.metrics.participation_ratio(x)
         tensor(2.)
@@ -108,7 +108,7 @@ def stable_rank(w: Tensor, **options: Unpack[Options]) -> Tensor:  # (..., m, n)
 
     Source: Rudelson & Vershynin, "Sampling from large matrices", J. ACM 54 (2007).
 
-    Example:
+    Examples:
         >>> ses_kernels.metrics.stable_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0])))  # 6 / 4
         tensor(1.5000)
     """

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 class Term:
     """One target of a :class:`SESRegularizer`; what is None is the regulariser's own option.
 
-    Example:
+    Examples:
         >>> encoder = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
         >>> model = torch.nn.TransformerEncoder(encoder, 4)
         >>> terms = [ses_kernels.Term("blocks", last=1), ses_kernels.Term("attention", alpha=0.5)]
@@ -72,7 +72,7 @@ class SESRegularizer:
     H_l is the spectral entropy (:func:`spectral_entropy`, nats) of the N x d_l features that layer
     l puts out, one row a sample of the batch, taken by forward hooks.
 
-    Example:
+    Examples:
         >>> encoder = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
         >>> model = torch.nn.TransformerEncoder(encoder, 4)
         >>> reg = ses_kernels.SESRegularizer(model, hook_last_n=2)

@@ -51,7 +51,7 @@ class Steps:
 def linear(start: float, end: float, steps: int) -> Linear:
     """``start`` at step 0, ``end`` from step ``steps`` on, a straight line between.
 
-    Example:
+    Examples:
         >>> beta = ses_kernels.schedules.linear(0.9, 0.5, steps=1000)
         >>> beta(0), round(beta(500), 3), beta(2000)
         (0.9, 0.7, 0.5)
@@ -64,7 +64,7 @@ def linear(start: float, end: float, steps: int) -> Linear:
 def cosine(start: float, end: float, steps: int) -> Cosine:
     """``start`` at step 0, ``end`` from step ``steps`` on, half a cosine between.
 
-    Example:
+    Examples:
         >>> beta = ses_kernels.schedules.cosine(0.9, 0.5, steps=1000)
         >>> beta(0), round(beta(500), 3), beta(2000)
         (0.9, 0.7, 0.5)
@@ -78,7 +78,7 @@ def cosine(start: float, end: float, steps: int) -> Cosine:
 def step(values: Sequence[float], milestones: Sequence[int]) -> Steps:
     """``values[0]``, then ``values[i]`` from step ``milestones[i - 1]`` on.
 
-    Example:
+    Examples:
         >>> beta = ses_kernels.schedules.step([0.3, 0.7, 0.9], milestones=[100, 200])
         >>> beta(99), beta(100), beta(200)
         (0.3, 0.7, 0.9)
