@@ -44,7 +44,7 @@ lint: $(VENV)/test.stamp  ## style of Python and C++, types of ses_kernels
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/per_isa/*)
 
-# The docstrings are read as text: nothing is imported, and it takes seconds.
+# The docstrings are read as text: nothing is imported, and it takes seconds. From Python 3.11 on.
 docs: $(VENV)/test.stamp  ## site/index.html; a warning or a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
