@@ -59,11 +59,13 @@ def text(rows: list[Row]) -> str:
 def in_short(measured: list[Row]) -> str:
     """The other's time over ours, forward and backward in float32: medians of paired rounds."""
     lines = []
-    for (shape, dtype, mode, _), by_name in _grouped(measured).items():
-        if shape in IN_SHORT and (dtype, mode) == ("float32", "forward+backward"):
-            found = (by_name.get(name) for name in OTHERS)
-            cells = [f"{row[f'over {BASE}'][1]:.3g}" if row else "-" for row in found]
-            lines.append(f"| {IN_SHORT[shape]} | {' | '.join(cells)} |")
+    wanted = {"dtype": "float32", "mode": "forward+backward"}
+    chosen = [row for row in measured if wanted.items() <= row.items() and row["shape"] in IN_SHORT]
+    for by_name in _grouped(chosen).values():
+        found = [by_name.get(name) for name in OTHERS]
+        cells = [f"{row[f'over {BASE}'][1]:.3g}" if row else "-" for row in found]
+        shape = next(iter(by_name.values()))["shape"]
+        lines.append(f"| {IN_SHORT[shape]} | {' | '.join(cells)} |")
     if not lines:
         return ""
     titles = ["forward + backward, float32", *OTHERS.values()]
