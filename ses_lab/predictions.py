@@ -105,7 +105,7 @@ def _condition(found: Sequence[Results]) -> Iterator[Finding]:
             yield Finding(where, text, without / with_it >= 2)
 
 
-def _monotonic(found: Sequence[Results]) -> Iterator[Finding]:
+def _rising(found: Sequence[Results]) -> Iterator[Finding]:
     for results in found:
         experiment = results.experiment
         if experiment.sweep != "regularizer.ses.beta":
@@ -118,10 +118,8 @@ def _monotonic(found: Sequence[Results]) -> Iterator[Finding]:
         if len(gaps) > 2:
             steps = [gaps[b] - gaps[a] for a, b in pairwise(sorted(gaps))]
             shown = ", ".join(f"{gaps[beta]:.2f} at {beta:g}" for beta in sorted(gaps))
-            yield Finding(
-                f"{experiment.name}, {experiment.scale}", f"gap {shown}",
-                all(s > 0 for s in steps) or all(s < 0 for s in steps),
-            )  # fmt: skip
+            met = all(step > 0 for step in steps)
+            yield Finding(f"{experiment.name}, {experiment.scale}", f"gap {shown}", met)
 
 
 PREDICTIONS = (
@@ -153,8 +151,8 @@ PREDICTIONS = (
     ),
     Prediction(
         "P6", "beta trades bias for variance",
-        "training and test curves monotonic in beta, 0.3 to 0.9",
+        "curves monotonic in beta, 0.3 to 0.9; by its theory the gap rises with beta",
         "early curves differ and last accuracies hardly; ViT: 44.61, 42.13, 43.10 and 43.35 points "
-        "of gap at 0.3, 0.5, 0.7 and 0.9", _monotonic,
+        "of gap at 0.3, 0.5, 0.7 and 0.9", _rising,
     ),
 )  # fmt: skip

@@ -343,13 +343,18 @@ def test_predictions_by_hand(folder, written):
     assert [f.met for f in found["P5"]] == [True, False]
     assert found["P5"][0].where == "periodic k=1, smoke, 3 epochs"
     assert found["P6"] == []  # sweeps another option
-    experiment = results.experiment.model_copy(
-        update={"sweep": "regularizer.ses.beta",
-                "variants": {name: {"regularizer": {"ses": {"beta": beta}}}
-                             for name, beta in (("baseline", 0.3), ("k=1", 0.5), ("k=10", 0.9))}}
-    )  # fmt: skip
-    _, (sweep,) = findings([results._replace(experiment=experiment)])[-1]
-    assert sweep == ("periodic, smoke", "gap 13.00 at 0.3, 9.00 at 0.5, 13.00 at 0.9", False)
+    for gap in results.runs["k=10"].values():
+        gap["gap"] = 15.0
+    for betas, shown, met in (
+        ((0.5, 0.3, 0.9), "gap 9.00 at 0.3, 13.00 at 0.5, 15.00 at 0.9", True),
+        ((0.5, 0.9, 0.3), "gap 15.00 at 0.3, 13.00 at 0.5, 9.00 at 0.9", False),
+    ):
+        variants = {name: {"regularizer": {"ses": {"beta": beta}}}
+                    for name, beta in zip(results.runs, betas, strict=True)}  # fmt: skip
+        changes = {"sweep": "regularizer.ses.beta", "variants": variants}
+        experiment = results.experiment.model_copy(update=changes)
+        _, (sweep,) = findings([results._replace(experiment=experiment)])[-1]
+        assert sweep == ("periodic, smoke", shown, met)
     text = written.read_text()
     assert "test accuracy, where there is one | 15 to 30 % less;" in text
     assert "| P4: lower condition number of the Jacobian |" in text
