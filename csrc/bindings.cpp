@@ -15,6 +15,7 @@
 #include "gram_cpu.h"
 #include "rational_cpu.h"
 #include "rational_from_samples.h"
+#include "which_isa.h"
 
 #ifndef SES_CUDA_ARCHS
 #define SES_CUDA_ARCHS ""
@@ -368,6 +369,25 @@ void rational_cuda(const GramLayers& layers, const Poles& poles, Address workspa
                      pointer<float>(workspace), device, pointer<void>(stream));
 }
 
+// The names of those that this machine has, the best first.
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const ses::Isa isa : ses::kIsas)
+    if (ses::runs_here(isa)) names.insert(names.begin(), ses::isa_name(isa));
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  for (const ses::Isa isa : ses::kIsas)
+    if (ses::runs_here(isa) && name == ses::isa_name(isa)) {
+      ses::isa_in_use() = isa;
+      return;
+    }
+  std::string available;
+  for (const std::string& isa : isas()) available += (available.empty() ? "" : ", ") + isa;
+  refuse("isa must be one that this machine has, of " + available + ", got " + name);
+}
+
 py::dict info() {
   py::list archs;
   std::string arch;
@@ -382,7 +402,8 @@ py::dict info() {
   py::dict facts;
   facts["cuda_archs"] = archs;
   facts["cuda_version"] = *SES_CUDA_VERSION ? py::object(py::str(SES_CUDA_VERSION)) : py::none();
-  facts["simd"] = ses::simd_name();
+  facts["isa"] = ses::isa_name(ses::isa_in_use());
+  facts["isas"] = isas();
 #if defined(__clang__)
   facts["compiler"] = "clang " __clang_version__;
 #else
@@ -452,5 +473,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device"), "Floats of workspace it needs.");
   m.def("max_n_rational_cuda", &ses::max_n_rational_cuda, py::arg("device"),
         "The largest n rational_cuda takes; 0 where it cannot run.");
-  m.def("info", &info, "What this build contains and what it chose to run with.");
+  m.def("use_isa", &use_isa, py::arg("isa"),
+        "The CPU kernels run with this instruction set from now on, in every thread: for tests and "
+        "benchmarks. info() names those that this machine has.");
+  m.def("info", &info, "What this build contains, and which instruction set it runs with.");
 }

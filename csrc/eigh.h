@@ -48,9 +48,6 @@ static_assert(max_n_for_shared(227 << 10, 4) == 170, "H100: 227 KB");
 template <typename Scalar>
 void eigh_cpu(const Scalar* a, Scalar* w, Scalar* v, long batch, int n, int threads);
 
-// The instruction set eigh_cpu runs with on this machine.
-const char* simd_name();
-
 // Enqueues on the stream (a cudaStream_t) of the device and returns: no allocation, no
 // synchronisation. Throws std::runtime_error when the launch fails or there is no CUDA build.
 template <typename Scalar>

@@ -43,8 +43,6 @@ Choice<Scalar> choose(const BundleKernels<Scalar>& kernels, long batch, int n, i
 
 }  // namespace
 
-const char* simd_name() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "portable"; }
-
 template <typename Scalar>
 void eigh_cpu(const Scalar* a, Scalar* w, Scalar* v, long batch, int n, int threads) {
   if (batch == 0) return;

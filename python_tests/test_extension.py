@@ -5,6 +5,7 @@ The values of location_scale, gram and gram_backward are in test_ops.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import threading
 import pytest
 import torch
 
-from ses_kernels import rational_coefficients
+from ses_kernels import rational_coefficients, reference, spectral_entropy
 
 _C = pytest.importorskip("ses_kernels._C")
 
@@ -656,9 +657,59 @@ def test_limits_and_info():
     with pytest.raises(ValueError, match="got 3"):
         _C.max_n_cpu(3)
     info = _C.info()
-    assert info["simd"] in ("avx512", "avx2", "portable")
+    assert info["isas"] == [isa for isa in ("avx512", "avx2", "portable") if isa in info["isas"]]
+    assert info["isa"] == info["isas"][0]
+    assert info["isas"][-1] == "portable"
     assert isinstance(info["compiler"], str)
     assert (info["cuda_version"] is None) == (info["cuda_archs"] == [])
+
+
+@contextlib.contextmanager
+def instruction_set(isa):
+    before = _C.info()["isa"]
+    _C.use_isa(isa)
+    try:
+        yield
+    finally:
+        _C.use_isa(before)
+
+
+@pytest.mark.parametrize("isa", _C.info()["isas"])
+def test_every_instruction_set_is_right(isa):
+    xs = [torch.randn(shape, dtype=dtype) for shape in ((9, 20), (3, 33, 7)) for dtype in DTYPES]
+    with instruction_set(isa):
+        assert _C.info()["isa"] == isa
+        for dtype in DTYPES:
+            assert_accurate(mixture(17, dtype), *eigh(mixture(17, dtype)))
+        for x in xs:
+            exact = x.double().requires_grad_()
+            expected = reference.spectral_entropy(exact)
+            x.requires_grad_()
+            for solver in ("rational", "eigh"):
+                h = spectral_entropy(x, solver=solver, backend="fused")
+                torch.testing.assert_close(h.double(), expected, rtol=1e-6, atol=1e-6)
+                (actual,) = torch.autograd.grad(h.sum(), x)
+                (wanted,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
+                torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(len(_C.info()["isas"]) == 1, reason="one instruction set")
+def test_an_instruction_set_asked_for_is_the_one_that_runs():
+    """Only the portable build has no fused multiply-add: its rounding tells it apart."""
+    a = mixture(17, torch.float32)
+    by_isa = {}
+    for isa in _C.info()["isas"]:
+        with instruction_set(isa):
+            by_isa[isa] = eigh(a)[0]
+    portable = by_isa.pop("portable")
+    assert all(not torch.equal(w, portable) for w in by_isa.values())
+
+
+def test_an_instruction_set_that_is_not_there_is_an_error():
+    before = _C.info()
+    with pytest.raises(ValueError, match=f"of {', '.join(before['isas'])}, got avx1024"):
+        _C.use_isa("avx1024")
+    assert _C.info() == before
 
 
 def test_cuda_refuses_a_device_that_is_not_there():

@@ -21,7 +21,7 @@ def main() -> None:
     else:
         info = ops._C.info()
         cuda = ", ".join(f"sm_{a}" for a in info["cuda_archs"]) or "built without CUDA"
-        print(f"  extension   CPU {info['simd']}; CUDA {info['cuda_version'] or '-'}: {cuda}")
+        print(f"  extension   CPU {info['isa']}; CUDA {info['cuda_version'] or '-'}: {cuda}")
     _device(torch.device("cpu"), "CPU", ops.EXTENSION_MISSING, "the extension (float32, float64)")
     if not torch.cuda.is_available():
         print("cuda        missing: torch.cuda.is_available() is False")

@@ -5,6 +5,7 @@
 #include "eigh.h"
 #include "eigh_cpu.h"
 #include "families.h"
+#include "which_isa.h"
 
 namespace {
 
@@ -68,9 +69,9 @@ template <typename T>
 void widths(int n) {
   for (const auto& kernel : ses::portable::bundle_kernels<T>().of_size) solve_with(kernel, n);
 #if defined(SES_X86)
-  if (!__builtin_cpu_supports("avx2")) return;
+  if (!ses::runs_here(ses::Isa::kAvx2)) return;
   const Batch<T> narrow = solve_with(ses::avx2::bundle_kernels<T>().of_size[1], n);
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = ses::runs_here(ses::Isa::kAvx512);
   for (int i = 0; i < 2 * ses::kBundleSizes; ++i) {
     if (i >= ses::kBundleSizes && !avx512) break;
     const Batch<T> other =
@@ -97,5 +98,5 @@ int main() {
     threads_and_batches<float>(n, n > 32 ? 37 : 150);
     threads_and_batches<double>(n, n > 32 ? 37 : 150);
   }
-  std::puts(ses::simd_name());
+  std::puts(ses::isa_name(ses::isa_in_use()));
 }

@@ -6,6 +6,7 @@
 
 #include "families.h"
 #include "gram_cpu.h"
+#include "which_isa.h"
 
 namespace {
 
@@ -313,10 +314,10 @@ void check(const Shape& shape) {
   if (shape.center && !families::same_bits(whole.location, out.location))
     fail("the width changes the location", shape, 0);
   if (!families::same_bits(whole.scale, out.scale)) fail("the width changes the scale", shape, 0);
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return;
+  if (!ses::runs_here(ses::Isa::kAvx2)) return;
   const Outputs<X, L> avx2 = by_kernels(ses::avx2::gram_kernels<X, L>(), in, 3);
   out.check_bits(avx2, "the width changes the bits", shape);
-  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return;
+  if (!ses::runs_here(ses::Isa::kAvx512)) return;
   avx2.check_bits(by_kernels(ses::avx512::gram_kernels<X, L>(), in, 2),
                   "the width changes the bits", shape);
 #else

@@ -9,6 +9,7 @@
 #include "families.h"
 #include "rational_cpu.h"
 #include "rational_from_samples.h"
+#include "which_isa.h"
 
 namespace {
 
@@ -302,10 +303,10 @@ Layer<M> check_bits(const Layer<M>& in, const ses::Poles& poles) {
   if (std::any_of(entropy.m.begin(), entropy.m.end(), [](M m) { return m != 7; }))
     fail("M was not asked for", -1, in.n, 0);
 #if defined(SES_X86)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (ses::runs_here(ses::Isa::kAvx2))
     same(layer, by_kernel(ses::avx2::rational_kernel<M>(), in, poles),
          "the width changes the bits");
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+  if (ses::runs_here(ses::Isa::kAvx512))
     same(layer, by_kernel(ses::avx512::rational_kernel<M>(), in, poles),
          "the width changes the bits");
 #else
