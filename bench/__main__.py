@@ -1,16 +1,21 @@
-"""python -m bench: measures on this machine's GPU, or its CPU, and writes rows, table and plot."""
+"""python -m bench: measures on this machine's GPU, or its CPU.
+
+The rows of the run go behind those of earlier runs, and a table and a plot are made from all.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import report
-from bench.provenance import file_stem
+from bench.provenance import add_isa, file_stem
 
 HERE = Path(__file__).parent
 PARTS = ("solvers", "entropy", "eigh", "sweep", "training")
@@ -22,19 +27,23 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=HERE / "results" / f"{file_stem(device)}.json"
     )
+    add_isa(parser)
     options, for_pytest = parser.parse_known_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    status = pytest.main(
-        [
-            *(str(HERE / f"bench_{name}.py") for name in PARTS),
-            f"--benchmark-json={options.output}",
-            "--benchmark-quiet",
-            *for_pytest,
-        ]
-    )
-    # Interrupted or with failures, pytest has still written the rows that it got.
-    measured = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
-    if status in measured and options.output.exists():
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run.json")
+        status = pytest.main(
+            [
+                *(str(HERE / f"bench_{name}.py") for name in PARTS),
+                f"--benchmark-json={run}",
+                "--benchmark-quiet",
+                *for_pytest,
+            ]
+        )
+        # Interrupted or with failures, pytest has still written the rows that it got.
+        text = run.read_text() if run.exists() else ""
+    if text and (rows := json.loads(text)["rows"]):
+        report.append(options.output, rows)
         report.write(options.output)
     return status
 

@@ -24,7 +24,7 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
-from bench.provenance import provenance
+from bench.provenance import add_isa, provenance
 from bench.providers import Provider, gram_closed, ours, svdvals
 
 SHAPES = [(64, 128), (128, 256), (256, 512), (512, 96)]
@@ -137,6 +137,7 @@ def main() -> None:
         metavar="BxD",
     )
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    add_isa(parser)
     parser.add_argument("--output", type=Path, help="JSON rows, each with its provenance")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bench import host
 from bench.provenance import provenance
 from bench.timing import (
     Call,
@@ -14,6 +15,7 @@ from bench.timing import (
     paired_ratios,
     peak_bytes,
     quartiles,
+    rounded,
 )
 
 BASE = "ours"
@@ -40,13 +42,17 @@ def measure(
             clocks[name] = _clock(call, facts["clock"], name in uncapturable)
         except RuntimeError as error:  # a row all the same: why it could not run here
             rows[name]["skipped"] = str(error).partition("\n")[0]
+    if device == "cpu":
+        clocks |= host.clocks()
     seconds = benchmark.pedantic(paired, (clocks, budget), rounds=1, iterations=1)
+    around = host.take(seconds)
     ratios = paired_ratios(seconds, base) if base in seconds else {}
     for name, values in seconds.items():
         rows[name] |= {
             "rounds": len(values),
-            "seconds": quartiles(values),
-            f"over {base}": ratios.get(name),
+            "seconds": rounded(quartiles(values)),
+            f"over {base}": rounded(ratios[name]) if ratios else None,
+            **around,
         }
     benchmark.extra_info["rows"] = list(rows.values())
     assert facts["clock"] == "graph" or base in seconds, rows[base]["skipped"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from ses_kernels import ops
 
 _PACKAGES = ("torch", "triton", "ses_kernels", "numpy", "vendi-score", "cupy-cuda12x", "jax")
 
@@ -25,6 +28,28 @@ def file_stem(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
+def isa() -> str | None:
+    """The instruction set that the CPU kernels run with; None without the extension."""
+    return None if ops.EXTENSION_MISSING else ops._C.info()["isa"]
+
+
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    """The option --isa, in force as soon as it is parsed."""
+
+    def use(name: str) -> str:
+        try:
+            if ops.EXTENSION_MISSING:
+                raise ValueError(ops.EXTENSION_MISSING)
+            ops._C.use_isa(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return name
+
+    parser.add_argument(
+        "--isa", type=use, help="instruction set of the CPU kernels; the best of this machine"
+    )
+
+
 def provenance(device: str) -> dict[str, object]:
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in _PACKAGES:
@@ -34,6 +59,7 @@ def provenance(device: str) -> dict[str, object]:
             continue
     return {
         "device": device_name(device),
+        "isa": isa() if device == "cpu" else None,
         "threads": torch.get_num_threads(),
         "versions": versions,
     }

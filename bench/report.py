@@ -1,14 +1,20 @@
-"""Rows to Markdown tables and a plot: python -m bench.report bench/results/<device>.json"""
+"""Rows of one run or of many to Markdown tables and a plot.
+
+python -m bench.report bench/results/<device>.json, of which each run of python -m bench adds some.
+"""
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from bench import accuracy
 from bench.bench_sweep import FIXED_BATCHES, FIXED_SIZES
 from bench.bench_training import BY_ITSELF, PLAIN, SES
+from bench.host import REGISTER_BYTES
 from bench.measure import BASE
 
 Row = dict
@@ -34,20 +40,82 @@ PARTS = {  # modes that share a table
 }
 
 
+BY_ISA = ("gram, closed form", "paper")  # of these a table with a column per instruction set
+
+# ---- many runs ----
+
+
+def _key(row: Row) -> tuple:
+    return tuple(row.get(field) for field in ("shape", "dtype", "mode", "clock", "isa"))
+
+
+def over_runs(rows: list[Row]) -> list[Row]:
+    """One row for each key and provider, with the least, the median and the largest of the medians
+    of its runs in the place of the quartiles of one.
+
+    Of training steps the last: their intervals are those of one run.
+    """
+    runs: dict[tuple, list[Row]] = {}
+    for row in rows:
+        runs.setdefault((*_key(row), row["provider"]), []).append(row)
+    return [_over_runs(each) if len(each) > 1 else each[0] for each in runs.values()]
+
+
+def _over_runs(rows: list[Row]) -> Row:
+    last = rows[-1]
+    if last["mode"] == "training":
+        return last
+    merged = last | {"runs": len(rows)}
+    for field in ("seconds", f"over {BASE}"):
+        medians = [row[field][1] for row in rows if row.get(field)]
+        merged[field] = _range(medians) if medians else None
+    return merged
+
+
+def _range(values: list[float]) -> list[float]:
+    return [min(values), statistics.median(values), max(values)]
+
+
+def slowdowns(rows: list[Row]) -> list[float]:
+    """Of each row: the mean time of the fixed loop of bench/host.py over the least that rows of
+    this device, instruction set and number of threads have.
+    """
+    best: dict[tuple, float] = {}
+    for row in rows:
+        here = _host(row)
+        best[here] = min(row["loop_least"], best.get(here, row["loop_least"]))
+    return [row["loop_mean"] / best[_host(row)] for row in rows]
+
+
+def _host(row: Row) -> tuple:
+    return row["device"], row.get("isa"), row["threads"]
+
+
+# ---- tables ----
+
+
 def table(rows: list[Row]) -> str:
     """One line per shape, dtype, mode and clock; one column per provider that was there.
 
-    Ours in milliseconds, the others as their time over ours in the same round: median (quartiles).
+    Ours in milliseconds, the others as their time over ours in the same round: median (quartiles),
+    or of several runs the median of their medians (least-largest).
     """
     if errors := [row for row in rows if "family" in row]:
         return f"## Errors on hard spectra\n\n{accuracy.table(errors)}"
-    measured = [row for row in rows if "seconds" in row]
+    timed = [row for row in rows if "seconds" in row]
+    measured = over_runs(timed)
+    tables = {"In short": short} if (short := in_short(measured)) else {}
+    tables |= {
+        f"{name} / {BASE}, by instruction set": text
+        for name in BY_ISA
+        if (text := _table_by_isa(measured, name))
+    }
     parts = {title: [r for r in measured if r["mode"] in modes] for title, modes in PARTS.items()}
-    tables = {title: _table(part) for title, part in parts.items() if part}
-    if short := in_short(measured):
-        tables = {"In short": short} | tables
+    tables |= {title: _table(part) for title, part in parts.items() if part}
     if steps := [row for row in measured if row["mode"] == "training"]:
         tables["A training step, without SES and with it"] = _training_table(steps)
+    if known := [row for row in timed if "loop_mean" in row]:
+        tables["How busy the host was"] = _table_of_hosts(known)
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
 
 
@@ -57,19 +125,23 @@ def text(rows: list[Row]) -> str:
 
 
 def in_short(measured: list[Row]) -> str:
-    """The other's time over ours, forward and backward in float32: medians of paired rounds."""
-    lines = []
+    """The other's time over ours, forward and backward in float32, of the widest registers."""
     wanted = {"dtype": "float32", "mode": "forward+backward"}
     chosen = [row for row in measured if wanted.items() <= row.items() and row["shape"] in IN_SHORT]
+    widest = max((REGISTER_BYTES.get(row.get("isa"), 0) for row in chosen), default=0)
+    chosen = [row for row in chosen if REGISTER_BYTES.get(row.get("isa"), 0) == widest]
+    lines = []
     for by_name in _grouped(chosen).values():
-        found = [by_name.get(name) for name in OTHERS]
-        cells = [f"{row[f'over {BASE}'][1]:.3g}" if row else "-" for row in found]
         shape = next(iter(by_name.values()))["shape"]
-        lines.append(f"| {IN_SHORT[shape]} | {' | '.join(cells)} |")
-    if not lines:
-        return ""
-    titles = ["forward + backward, float32", *OTHERS.values()]
-    return "\n".join([f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *lines])
+        cells = [by_name.get(name) for name in OTHERS]
+        lines.append([IN_SHORT[shape], *(_over(row) if row else "-" for row in cells)])
+    return _lines(["forward + backward, float32", *OTHERS.values()], lines) if lines else ""
+
+
+def _over(row: Row) -> str:
+    """Our time in that of the other: the median of a run; of several their median and range."""
+    ratios = row[f"over {BASE}"]
+    return _spread(ratios) if "runs" in row else f"{ratios[1]:.3g}"
 
 
 def origin(rows: list[Row]) -> str:
@@ -83,22 +155,66 @@ def origin(rows: list[Row]) -> str:
     return "\n\n".join(f"{key}{date and ', '}{date}" for key, date in facts.items())
 
 
+def _lines(titles: list[str], lines: Iterable[list[str]]) -> str:
+    rule = "|" + "---|" * len(titles)
+    return "\n".join([f"| {' | '.join(titles)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
+
+
+def _table_by_isa(measured: list[Row], name: str) -> str:
+    """Empty where there is only one."""
+    steps = [r for r in measured if r["mode"] in ("forward+backward", "sweep")]
+    isas = sorted({row["isa"] for row in steps if row.get("isa")})
+    by_shape: dict[str, dict[str, str]] = {}
+    for (shape, _, mode, clock, isa), by_name in _grouped(steps).items():
+        line = f"{shape}, {mode}" if clock == "wall" else f"{shape}, {mode}, {clock}"
+        if name in by_name:
+            by_shape.setdefault(line, {})[isa] = _ratio(by_name[name], by_name.get(BASE))
+    lines = [[shape, *(cells.get(i, "-") for i in isas)] for shape, cells in by_shape.items()
+             if len(cells) > 1]  # fmt: skip
+    return _lines(["forward + backward", *isas], lines) if lines else ""
+
+
+def _table_of_hosts(rows: list[Row]) -> str:
+    """A line for each run: medians, and the range over what it measured."""
+    runs: dict[tuple, list[tuple[float, float]]] = {}
+    for row, slowdown in zip(rows, slowdowns(rows), strict=True):
+        changed = " and changes" if row.get("dirty") else ""
+        commit = f"{row.get('commit', '-')[:9]}{changed}"
+        run = f"{row.get('date', '-')[:16]}", commit, row.get("isa") or "-", str(row["threads"])
+        runs.setdefault(run, []).append((row["clock_ghz"][1], slowdown))
+    titles = ["run", "commit", "instruction set", "threads", "CPU clock, GHz",
+              "fixed loop over its best"]  # fmt: skip
+    return _lines(
+        titles,
+        (
+            [*run, *(_spread(_range(list(values))) for values in zip(*each, strict=True))]
+            for run, each in runs.items()
+        ),
+    )
+
+
+def _spread(values: list[float]) -> str:
+    low, median, high = values
+    return f"{median:.3g} ({low:.3g}-{high:.3g})"
+
+
 def _table(measured: list[Row]) -> str:
     names = list(dict.fromkeys(row["provider"] for row in measured if row["provider"] != BASE))
     rooflines = any("roofline_seconds" in row for row in measured)
     titles = ["shape", "mode", f"{BASE}, ms", *["its roofline, ms"] * rooflines]
     titles += [f"{name} / {BASE}" for name in names]
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for key, by_name in _grouped(measured).items():
-        shape, dtype, mode, clock = key
+    lines = []
+    for (shape, dtype, mode, clock, isa), by_name in _grouped(measured).items():
         base = by_name.get(BASE)
         cells = [_ratio(by_name.get(name), base) for name in names]
         if rooflines:
             cells.insert(0, f"{1e3 * base['roofline_seconds']:.3g}" if base else "-")
         label = mode if clock == "wall" else f"{mode}, {dtype}, {clock}"
-        own = _milliseconds(base) if base else "-"
-        lines.append(f"| {shape} | {label} | {own} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        label += f", {isa}" if isa else ""
+        runs = max(row.get("runs", 1) for row in by_name.values())
+        label += f", {runs} runs" if runs > 1 else ""
+        lines.append([shape, label, _milliseconds(base) if base else "-", *cells])
+    return _lines(titles, lines)
 
 
 def _training_table(steps: list[Row]) -> str:
@@ -112,8 +228,8 @@ def _training_table(steps: list[Row]) -> str:
     counted = {field: unit for field, unit in counted.items() if any(field in r for r in steps)}
     titles = ["step", "plain, ms", "its peak, MiB", "rounds", *(f"{name}, %" for name in names)]
     titles += [f"SES adds: {field.replace('bytes', 'MiB').replace('_', ' ')}" for field in counted]
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for (shape, dtype, _, clock), by_name in _grouped(steps).items():
+    lines = []
+    for (shape, dtype, _, clock, _), by_name in _grouped(steps).items():
         plain, ses = by_name[PLAIN], by_name.get(SES, {})
         cells = [f"{shape}, {dtype}, {clock}", _milliseconds(plain)]
         cells += [f"{plain['peak_bytes'] / 2**20:.0f}", str(plain["rounds"])]
@@ -122,8 +238,8 @@ def _training_table(steps: list[Row]) -> str:
             known = field in ses and field in plain
             digits = 0 if unit == 1 else 1
             cells.append(f"{(ses[field] - plain[field]) / unit:.{digits}f}" if known else "-")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _lines(titles, lines)
 
 
 def _added_time(row: Row | None, plain: Row) -> str:
@@ -137,14 +253,12 @@ def _added_time(row: Row | None, plain: Row) -> str:
 def _grouped(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        key = tuple(row[field] for field in ("shape", "dtype", "mode", "clock"))
-        groups.setdefault(key, {})[row["provider"]] = row
+        groups.setdefault(_key(row), {})[row["provider"]] = row
     return groups
 
 
 def _milliseconds(row: Row) -> str:
-    low, median, high = (1e3 * value for value in row["seconds"])
-    return f"{median:.3g} ({low:.3g}-{high:.3g})"
+    return _spread([1e3 * value for value in row["seconds"]])
 
 
 def _ratio(row: Row | None, base: Row | None) -> str:
@@ -162,20 +276,24 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measured = [row for row in rows if "seconds" in row]
+    measured = over_runs([row for row in rows if "seconds" in row])
     sweep = [row for row in measured if row["mode"] == "sweep"]
     # One panel for one setting: a step where it was measured, in the first dtype and clock.
     first = next((row for row in measured if row["mode"] == "forward+backward"), measured[0])
-    setting = ("mode", "dtype", "clock")
+    setting = ("mode", "dtype", "clock", "isa")
+    sweep = [row for row in sweep if row.get("isa") == first.get("isa")]
     figure = plt.figure(figsize=(16, 10))
     axes = figure.subplot_mosaic([["ratios", "n"], ["ratios", "batch"]], width_ratios=[5, 4])
-    _plot_ratios(axes["ratios"], [r for r in measured if all(r[k] == first[k] for k in setting)])
+    _plot_ratios(
+        axes["ratios"], [r for r in measured if all(r.get(k) == first.get(k) for k in setting)]
+    )
     # layers of a sweep: one (batch, n, 2 n)
     _plot_sweep(axes["n"], sweep, "n", 1, "batch", 0, FIXED_BATCHES)
     _plot_sweep(axes["batch"], sweep, "batch", 0, "n", 1, FIXED_SIZES)
 
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v)
     conditions = f"{first['mode']}, {first['dtype']}, {first['clock']} clock"
+    conditions += f", {first['isa']}" if first.get("isa") else ""
     figure.suptitle(f"{conditions}: {first['device']}, {first['threads']} threads", fontsize=11)
     figure.supxlabel(versions, fontsize=8)
     figure.tight_layout()
@@ -220,6 +338,16 @@ def _plot_sweep(axes, rows, along: str, x: int, of: str, fixed: int, values: lis
     axes.set_ylabel("microseconds a matrix")
     if styles:
         axes.legend(fontsize="small")
+
+
+# ---- files ----
+
+
+def append(results: Path, rows: list[Row]) -> None:
+    """The rows of a run behind those in the file, one a line."""
+    earlier = json.loads(results.read_text())["rows"] if results.exists() else []
+    lines = ",\n".join(json.dumps(row) for row in earlier + rows)
+    results.write_text(f'{{"rows": [\n{lines}\n]}}\n')
 
 
 def write(results: Path) -> None:

@@ -100,6 +100,11 @@ def quartiles(values: list[float]) -> list[float]:
     )
 
 
+def rounded(values: list[float]) -> list[float]:
+    """No clock is good for more digits."""
+    return [float(f"{value:.5g}") for value in values]
+
+
 def peak_bytes(call: Call, device: str) -> int:
     """The most memory that torch held at once for the call, beyond what it held before."""
     if device == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -17,7 +18,7 @@ import mpmath
 import pytest
 import torch
 
-from bench import accuracy, bench_solvers, bench_sweep, crossover, report
+from bench import accuracy, bench_solvers, bench_sweep, crossover, host, provenance, report
 from bench.providers import Provider, io_bytes, io_floor, providers
 from bench.shapes import SHAPES
 from bench.timing import paired, paired_ratios, peak_bytes
@@ -143,17 +144,71 @@ def test_report_from_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert results.with_suffix(".png").stat().st_size > 1000
 
 
+def test_report_over_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "device.json"
+    common = {"shape": "2x8x16", "dtype": "float32", "mode": "forward+backward", "clock": "wall"}
+    common |= {"device": "a device", "threads": 2, "commit": "0123456789abc", "versions": {}}
+    for isa, run, seconds, ratio, loop in [
+        ("avx2", 1, 0.002, 1.5, 1e-4),
+        ("avx2", 2, 0.004, 2.5, 3e-4),
+        ("avx2", 3, 0.003, 1.75, 2e-4),
+        ("avx512", 4, 0.001, 3.0, 5e-4),
+    ]:
+        around = {"isa": isa, "date": f"2026-01-0{run}", "dirty": run == 4}
+        around |= {"clock_ghz": [1, run, 9], "loop_least": loop, "loop_mean": loop}
+        rows = [
+            {"provider": "ours", "seconds": [0, seconds, 9], "over ours": [1, 1, 1]},
+            {"provider": "paper", "seconds": [0, 1, 9], "over ours": [0, ratio, 99]},
+            {"provider": "absent", "skipped": "not here"},
+        ]
+        report.append(results, [common | around | row for row in rows])
+    assert len(json.loads(results.read_text())["rows"]) == 4 * 3
+    report.write(results)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 2x8x16, forward+backward | 1.75x (1.5-2.5) | 3x (0-99) |" in lines
+    label = "| 2x8x16 | forward+backward"
+    assert f"{label}, avx2, 3 runs | 3 (2-4) | 1.75x (1.5-2.5) |" in lines
+    assert f"{label}, avx512 | 1 (0-9e+03) | 3x (0-99) |" in lines  # quartiles of its one run
+    assert "| 2026-01-02 | 012345678 | avx2 | 2 | 2 (2-2) | 3 (3-3) |" in lines
+    assert "| 2026-01-04 | 012345678 and changes | avx512 | 2 | 4 (4-4) | 1 (1-1) |" in lines
+
+
+def test_loops_by_which_a_busy_host_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"ours": [1.0]} | {name: [clock()] for name, clock in host.clocks().items()}
+    if len(seconds) == 1:
+        pytest.skip("no compiler")
+    for _ in range(20):
+        for name, clock in host.clocks().items():
+            seconds[name].append(clock())
+    facts = host.take(seconds)
+    assert seconds == {"ours": [1.0]}
+    assert 0.1 < facts["clock_ghz"][2] < 10
+    # twelve a turn, of which no core does more than four a cycle
+    assert facts["loop_least"] > 12 * host.MULTIPLY_ADDS / 4 / 10e9
+    assert facts["loop_least"] <= facts["loop_mean"]
+    host._library.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert host.clocks() == {}
+    assert host.take({"ours": [1.0]}) == {}
+    host._library.cache_clear()
+
+
 def test_bench_command_writes_complete_rows(tmp_path: Path) -> None:
     results = tmp_path / "rows.json"
+    earlier = {"mode": "training", "skipped": "an earlier run"}
+    results.write_text(json.dumps({"rows": [earlier]}))
     # A pytest of its own, that must not take itself for a worker of this one.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     chosen = "64x128x256 and not backward or solver and 144-64 or sweep and 32-8"
     options = ["--output", str(results), "--budget", "0", "-k", chosen]
+    options += [] if ops.EXTENSION_MISSING else ["--isa", "portable"]
     command = [sys.executable, "-m", "bench", *options]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     rows: dict[str, dict[str, dict]] = {}
-    for row in json.loads(results.read_text())["rows"]:
+    first, *measured = json.loads(results.read_text())["rows"]
+    assert first == earlier
+    for row in measured:
         rows.setdefault(row["mode"], {})[row["provider"]] = row
     networks = {"ours", "paper", "gram, closed form", "svdvals", "I/O floor"}
     assert networks <= rows["forward"].keys()
@@ -163,6 +218,20 @@ def test_bench_command_writes_complete_rows(tmp_path: Path) -> None:
         assert ours["rounds"] == 3
         assert ours["peak_bytes"] > 0
         assert {"device", "threads", "versions", "commit", "dtype", "io_bytes"} <= ours.keys()
+        assert ours["isa"] == (None if ops.EXTENSION_MISSING else "portable")
+        assert ("loop_mean" in ours) == bool(host.clocks())
+
+
+@measures_the_extension
+def test_instruction_set_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    provenance.add_isa(parser)
+    before = provenance.isa()
+    assert parser.parse_args([]).isa is None
+    assert provenance.isa() == before
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--isa", "avx1024"])
+    assert f"of {', '.join(ops._C.info()['isas'])}, got avx1024" in capsys.readouterr().err
 
 
 def test_gpu_script_takes_less_than_nine_minutes_and_fills_the_table() -> None:
