@@ -19,11 +19,12 @@ from torch.nn.utils import parametrize
 from ses_kernels import SESRegularizer
 from ses_lab import data, models, optim, shaping
 from ses_lab.augment import AUGMENTATIONS
-from ses_lab.config import ConfigError, RunConfig, Source
+from ses_lab.config import Choice, ConfigError, RunConfig, Source
 from ses_lab.data import Dataset, Split
 from ses_lab.folder import RunFolder
 from ses_lab.losses import LOSSES
 from ses_lab.names import lookup
+from ses_lab.probes import PROBES
 from ses_lab.regimes import REGIMES, Supervised
 
 EVALUATION_BATCH = 512
@@ -186,6 +187,29 @@ def regime(config: RunConfig, dataset: Dataset, network: nn.Module) -> Supervise
         ).to(device)
 
 
+def probe(
+    config: RunConfig, chosen: Mapping[str, Choice], network: nn.Module, splits: Mapping[str, Split]
+) -> dict[str, dict[str, Any]]:
+    """Key -> numbers of each probe of a model, on that of ``splits`` which it names, else "test".
+
+    The draws depend on the seed of the run and on the probe alone: the same samples at any time.
+    """
+    device = next(network.parameters()).device
+    found, images = {}, {}
+    for key, choice in chosen.items():
+        params = choice.params
+        name = params.pop("split", "test")
+        split = lookup(f"split of probe {choice.name}", splits, name)
+        if name not in images:
+            images[name] = pixels(split.images, device)
+        generator = torch.Generator().manual_seed(seed_of(config.seed, choice.slug))
+        with as_config_error(f"probe {choice.name}"):
+            found[key] = PROBES[choice.name](
+                network, images[name], split.labels.to(device), generator, **params
+            )
+    return found
+
+
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """In which passes forward run: ``config.precision``; nothing changes in float32."""
     dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
@@ -262,6 +286,9 @@ def check(config: RunConfig, dataset: Dataset, regime: Supervised) -> None:
                 generator = torch.Generator(device).manual_seed(0)
                 augment = AUGMENTATIONS[choice.name]
                 images, targets = augment(images, targets, generator, **choice.params)
+        some = slice(None, None, -(-len(dataset.train.labels) // 8))  # of several classes if sorted
+        split = Split(dataset.train.images[some], dataset.train.labels[some])
+        probe(config, config.probes, regime.model, {"train": split, "test": split})
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)

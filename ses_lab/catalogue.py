@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ses_lab import experiments
+from ses_lab import experiments, run_probes
 from ses_lab.config import Choice, registries
 from ses_lab.names import REQUIRED, parameters
 
@@ -21,7 +21,8 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     The parameters of a study are its variants. A parameter without a default is a bare name.
     """
     found = {"studies": [_study(name) for name in experiments.names()]}
-    for kind, registry in {**registries(), "probe": experiments.probes()}.items():
+    kinds = {**registries(), "run probe": run_probes.REGISTRY}
+    for kind, registry in kinds.items():
         rows = [
             {
                 "name": name,

@@ -198,7 +198,10 @@ def probe(
     weights: Weights = "last",
     seeds: Seeds = "",
 ) -> None:
-    """Probe the test set of a run; results go to its probes.json. Without names: every probe."""
+    """Probe a run, on its test set or with split=train; results go to its probes.json.
+
+    Without names: every probe that takes a model and samples.
+    """
     from ses_lab import measure
     from ses_lab.probes import PROBES
 

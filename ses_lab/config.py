@@ -49,6 +49,7 @@ from ses_lab.options import (
     SCHEDULED,
     Choice,
     DatasetChoice,
+    Probes,
     Regime,
     Source,
     Strict,
@@ -92,6 +93,9 @@ class RunConfig(Strict):
     spectra_every: int | None = Field(None, ge=1)  # epochs; None: of the weights at the end only
     # Held-out samples whose effective ranks are taken after each epoch, in the layers of ses.
     rank_samples: int | None = Field(None, ge=2)
+    # Probes of the model that are taken after every so manieth epoch, and after the last.
+    probes: Probes = Field({})
+    probe_every: int | None = Field(None, ge=1)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...; does not name a run, nor do sinks
     sinks: tuple[Choice, ...] = ()
 
@@ -125,6 +129,11 @@ class RunConfig(Strict):
             raise ValueError("precision fp16 has no SAM and no free adversarial steps: take bf16")
         if self.rank_samples is not None and self.regularizer.ses is None:
             raise ValueError("rank_samples needs regularizer.ses; lambda_ses: 0 only measures")
+        if (self.probe_every is None) != (not self.probes):
+            raise ValueError(
+                "probe_every, in epochs, and probes, what is probed then, go together; got "
+                f"{self.probe_every} and {[*self.probes]}"
+            )
         _check_registries(self)
         return self
 
@@ -199,7 +208,18 @@ def registries() -> dict[str, Registry]:
     """Kind -> registry, of all that a configuration names."""
     # Imported here: torch takes seconds, which the command line's help should not.
     from ses_kernels import SESRegularizer
-    from ses_lab import augment, data, distill, losses, models, optim, shaping, sinks, twoviews
+    from ses_lab import (
+        augment,
+        data,
+        distill,
+        losses,
+        models,
+        optim,
+        probes,
+        shaping,
+        sinks,
+        twoviews,
+    )
 
     regimes = {kind.model_fields["name"].default: kind for kind in REGIMES}
     batch = ("images", "targets", "generator")
@@ -223,6 +243,7 @@ def registries() -> dict[str, Registry]:
             optim.SCHEDULES, ("t",), {"warmup": 0, "warmup_epochs": None, "least": None}
         ),
         "sink": Registry(sinks.SINKS),
+        "probe": Registry(probes.PROBES, probes.GIVEN, {"split": "test"}),
     }
 
 
@@ -240,6 +261,7 @@ def _check_registries(config: RunConfig) -> None:
         chosen.append(("objective", config.regime.objective))
         chosen += [("augmentation", choice) for choice in config.regime.views]
     chosen += [("sink", choice) for choice in config.sinks]
+    chosen += [("probe", choice) for choice in config.probes.values()]
     for kind, choice in chosen:
         known[kind].check(kind, choice)
     regularizers = known["regularizer"]

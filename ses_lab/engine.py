@@ -274,6 +274,12 @@ class Training:
         with probe, self.ses.disabled(), build.autocast(self.config, self.ranks.device):
             return rank.ranks(probe, self.model, images, end - 1)
 
+    def probe(self) -> dict[str, dict[str, Any]]:
+        """Label -> numbers of ``config.probes``, as of a finished run. Of one rank."""
+        splits = {"test": self.test, "train": self.train}
+        with self.ses.disabled() if self.ses else contextlib.nullcontext():
+            return build.probe(self.config, self.config.probes, self.model, splits)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             **build.weights(self.regime),

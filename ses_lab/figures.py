@@ -9,17 +9,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ses_lab.experiments import Experiment, layer_of
+from ses_lab.experiments import Experiment
 from ses_lab.folder import RunFolder
 from ses_lab.results import Results, table
+from ses_lab.run_probes import layer_of
 
 
 def draw(results: Results) -> dict[str, Figure]:
-    """By kind: measures; curves, corruption where there are; dynamics, ranks, pareto if asked."""
+    """By kind: measures; curves, probes, corruption where there are; dynamics, ranks, pareto if
+    asked.
+    """
     experiment = results.experiment
     drawn = {"measures": _measures(results)}
     if curves := _histories(results):
         drawn["curves"] = _curves(curves)
+    if curves := _probed(results):
+        drawn["probes"] = _curves(curves)
     if names := _corruptions(results):
         drawn["corruption"] = _bars(results, names)
     if "entropy" in experiment.probes:
@@ -105,31 +110,63 @@ Histories = dict[str, np.ndarray]
 def _histories(results: Results) -> dict[str, Histories]:
     """What the runs kept of every epoch, under the label of its axis."""
     kinds = {"test_accuracy": ("accuracy on the test set, %", 100), "train_loss": ("loss", 1)}
-    rows = {
-        (config.method, config.seed): RunFolder(path).rows()
-        for path, config in results.experiment.runs(results.root).items()
-        if config.seed in results.runs[config.method]
-    }
+    rows = _rows(results)
     found: dict[str, Histories] = {}
     for key, (label, scale) in kinds.items():
         for variant, seeds in results.runs.items():
             runs = [[row.get(key) for row in rows[variant, seed]] for seed in seeds]
             if not runs or any(value is None for run in runs for value in run):
                 continue
-            values = np.full((len(runs), max(map(len, runs))), np.nan)
-            for line, run in zip(values, runs, strict=True):
-                line[: len(run)] = scale * np.array(run)
-            found.setdefault(label, {})[variant] = values
+            found.setdefault(label, {})[variant] = scale * _padded(runs)
+    return found
+
+
+def _rows(results: Results) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    return {
+        (config.method, config.seed): RunFolder(path).rows()
+        for path, config in results.experiment.runs(results.root).items()
+        if config.seed in results.runs[config.method]
+    }
+
+
+def _padded(runs: Sequence[Sequence[float]]) -> np.ndarray:
+    values = np.full((len(runs), max(map(len, runs))), np.nan)
+    for line, run in zip(values, runs, strict=True):
+        line[: len(run)] = run
+    return values
+
+
+def _probed(results: Results) -> dict[str, Histories]:
+    """Measures that were probed while the runs trained, NaN in the epochs between."""
+    rows = _rows(results)
+    found: dict[str, Histories] = {}
+    for measure in results.experiment.measures:
+        label, _, key = measure.partition(".")
+        for variant, seeds in results.runs.items():
+            runs = [
+                [row.get("probes", {}).get(label, {}).get(key) for row in rows[variant, seed]]
+                for seed in seeds
+            ]
+            if any(value is not None for run in runs for value in run):
+                values = _padded([[np.nan if v is None else v for v in run] for run in runs])
+                found.setdefault(measure, {})[variant] = values
     return found
 
 
 def _curves(found: Mapping[str, Histories]) -> Figure:
     """Mean over the seeds of each variant against epochs, their range shaded."""
-    figure = Figure(figsize=(5 * len(found), 3.5), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    columns = min(len(found), _ABREAST)
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(5 * columns, 3.5 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    panels = grid[: len(found)]
+    for panel in grid[len(found) :]:
+        panel.set_axis_off()
     for panel, (label, histories) in zip(panels, found.items(), strict=True):
         for i, (variant, values) in enumerate(histories.items()):
-            epochs, color = range(1, values.shape[1] + 1), f"C{i % 10}"
+            color = f"C{i % 10}"
+            epochs = np.flatnonzero(~np.isnan(values).all(0))  # those in which there was a number
+            values, epochs = values[:, epochs], epochs + 1
             panel.plot(epochs, np.nanmean(values, 0), color=color, label=variant)
             low, high = np.nanmin(values, 0), np.nanmax(values, 0)
             panel.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)

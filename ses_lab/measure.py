@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from ses_lab import build, engine, optim
-from ses_lab.config import Choice, Registry, RunConfig
+from ses_lab import build, engine, optim, run_probes
+from ses_lab.config import Choice, RunConfig
 from ses_lab.data import Split
 from ses_lab.folder import RunFolder, write_json
-from ses_lab.probes import GIVEN, PROBES
+from ses_lab.probes import PROBES
 from ses_lab.regimes import REGIMES
 
 
@@ -45,26 +45,27 @@ def evaluate(folder: str | os.PathLike, weights: str = "last") -> dict[str, Any]
 def probe(
     folder: str | os.PathLike, probes: Sequence[Choice], weights: str = "last"
 ) -> dict[str, dict[str, Any]]:
-    """Numbers of each probe on a run's test set; also written to its ``probes.json``.
+    """Numbers of each probe of a run; also written to its ``probes.json``.
 
     Args:
-        probes: of ``PROBES``, with their parameters; results are under ``Choice.slug``.
+        probes: of ``PROBES``, which take ``split="train"`` beside their own parameters, and of
+            ``RUN_PROBES``; results are under ``Choice.slug``.
+        weights: those of the run, for the probes that look at weights.
     """
     folder = RunFolder(folder)
     config = folder.config()
     for choice in probes:
-        Registry(PROBES, GIVEN).check("probe", choice)
-    dataset, _ = build.dataset(config)
-    device = engine.device_of(config)
-    model = build.trained(folder.path, weights).to(device)
-    images, labels = build.pixels(dataset.test.images, device), dataset.test.labels.to(device)
+        run_probes.check(choice)
+    of_models = {choice.slug: choice for choice in probes if choice.name in PROBES}
     found = {}
+    if of_models:
+        dataset, _ = build.dataset(config)
+        model = build.trained(folder.path, weights).to(engine.device_of(config))
+        splits = {"test": dataset.test, "train": dataset.train}
+        found = build.probe(config, of_models, model, splits)
     for choice in probes:
-        generator = torch.Generator().manual_seed(build.seed_of(config.seed, choice.slug))
-        with build.as_config_error(f"probe {choice.name}"):
-            found[choice.slug] = PROBES[choice.name](
-                model, images, labels, generator, **choice.params
-            )
+        if choice.name not in PROBES:
+            found[choice.slug] = run_probes.probe(folder.path, choice, weights)
     with folder.claim(config):
         write_json(folder / "probes.json", {**folder.read_json("probes.json"), **found})
     return found

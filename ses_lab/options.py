@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ses_lab.names import unknown
 from ses_lab.values import parse_choice
@@ -45,6 +45,17 @@ class Choice(Strict):
         """Part of a path: ``shapes-preset=simple``."""
         parts = [self.name, *(f"{k}={v}" for k, v in sorted(self.params.items()))]
         return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
+
+
+def _named_by_label(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    whole = (str, Choice)
+    return {k: v if isinstance(v, whole) else {"name": k, **(v or {})} for k, v in value.items()}
+
+
+# Label -> probe: that of this name unless it says another, ``{on_train: "pgd:split=train"}``.
+Probes = Annotated[dict[str, Choice], BeforeValidator(_named_by_label)]
 
 
 class DatasetChoice(Choice):

@@ -15,8 +15,8 @@ from ses_lab.config import Choice, RunConfig
 from ses_lab.experiments import Experiment
 from ses_lab.folder import RunFolder
 
-# Shares in the run folders, percent here and in the papers.
-_SHARES = ("corruption.", "fgsm.", "pgd.", "linear.", "knn.")
+# Probes of shares in the run folders, percent here and in the papers.
+_SHARES = ("corruption", "fgsm", "pgd", "linear", "knn")
 
 BySeed = dict[int, float]
 
@@ -47,7 +47,6 @@ def collect(root: Path, seeds: Sequence[int] = ()) -> Results:
         chosen = tuple(seed for seed in experiment.seeds if seed in seeds)
         experiment = experiment.model_copy(update={"seeds": chosen})
     runs: dict[str, dict[int, dict[str, float]]] = {v: {} for v in experiment.variants}
-    slugs = {Choice(name=n, **params).slug: n for n, params in experiment.probes.items()}
     for path, config in experiment.runs(root).items():
         run = RunFolder(path)
         if not run.finished():
@@ -64,16 +63,22 @@ def collect(root: Path, seeds: Sequence[int] = ()) -> Results:
                 value = rows[-1].get(f"test_{key}")
                 numbers |= {} if value is None else {key: 100 * value}
             numbers["gap"] = 100 * (rows[-1]["train_accuracy"] - accuracies[-1])
-        for slug, values in run.read_json("probes.json").items():
-            for key, value in values.items() if slug in slugs else ():
-                measure = f"{slugs[slug]}.{key}"
-                value = math.nan if value is None else value  # what JSON has for it
-                numbers[measure] = (100 if measure.startswith(_SHARES) else 1) * value
+        probed = run.read_json("probes.json")
+        for label, choice in experiment.probes.items():
+            numbers |= _probed(label, choice, probed.get(choice.slug, {}))
+        for label, choice in config.probes.items():
+            numbers |= _probed(label, choice, rows[-1]["probes"][label])
         control = runs[experiment.control].get(config.seed)
         if config.method != experiment.control and control:
             numbers["overhead"] = 100 * (numbers["seconds"] / control["seconds"] - 1)
         runs[config.method][config.seed] = numbers
     return Results(experiment, root, runs)
+
+
+def _probed(label: str, choice: Choice, found: Mapping[str, float | None]) -> dict[str, float]:
+    scale = 100 if choice.name in _SHARES else 1
+    # None is what JSON has for a number that is not finite
+    return {f"{label}.{k}": scale * (math.nan if v is None else v) for k, v in found.items()}
 
 
 class Contrast(NamedTuple):

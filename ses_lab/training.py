@@ -149,10 +149,13 @@ def _train(
                 row |= {f"val_{k}": v for k, v in held_out.items()}
             if config.rank_samples is not None and here.main:
                 row |= training.effective_ranks(epoch)
-            rows.append(row)
             best = _best(training, row, best)
+            last = ended(epoch)
+            if config.probe_every and here.main and (last or epoch % config.probe_every == 0):
+                row["probes"] = training.probe()
+            rows.append(row)
             if here.main:
-                _commit(folder, training, rows, best, last=ended(epoch))
+                _commit(folder, training, rows, best, last)
             for sink in sinks:
                 sink.log(row)
     if here.main:

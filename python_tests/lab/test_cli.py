@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from ses_lab import cli, training
+from ses_lab import cli, run_probes, training
 from ses_lab.config import ConfigError, RunConfig
 from ses_lab.folder import RunFolder
 from ses_lab.sinks import Progress
@@ -82,9 +82,12 @@ def test_spectra(folder, tmp_path):
 
 
 def test_probe(folder):
-    out = json.loads(call("probe", folder, "pgd:steps=2,norm=l2", "collapse"))
-    assert out.keys() == {"pgd-norm=l2-steps=2", "collapse"}
+    names = ["pgd:steps=2,norm=l2", "collapse:split=train", "knn:k=3", "linear:epochs=2"]
+    out = json.loads(call("probe", folder, *names, "corruption:names=[fog,jpeg],severities=[2]"))
+    keys = {"pgd-norm=l2-steps=2", "collapse-split=train", "knn-k=3", "linear-epochs=2"}
+    assert out.keys() == keys | {"corruption-names=_fog_jpeg_-severities=_2_"}
     assert RunFolder(folder).read_json("probes.json") == out
+    assert out["knn-k=3"] == run_probes.knn(folder, k=3)
 
 
 def test_lr_find(folder, tmp_path):
@@ -127,6 +130,11 @@ def test_experiments_and_report_are_handed_over(monkeypatch, tmp_path):
             "probe pgd: unknown parameter 'step'; did you mean 'steps'",
         ),
         (["probe", "{}", "pgd:steps"], "unknown probe 'pgd:steps'"),
+        (["probe", "{}", "knm"], "unknown probe 'knm'; did you mean 'knn'"),
+        (["probe", "{}", "knn:split=train"], "probe knn: unknown parameter 'split'"),
+        (["probe", "{}", "knn:k=[3]"], "probe knn: "),
+        (["probe", "{}", "rank"], "has no rank_samples"),
+        (["probe", "{}", "fgsm:split=tset"], "unknown split of probe fgsm 'tset'; did you mean"),
         (["probe", "{}", "pgd:norm=l3"], "probe pgd: norm is 'linf' or 'l2', got 'l3'"),
         (["probe", "{}", "corruption:names=[fog"], "is no YAML"),
         (["eval", "{}", "--weights", "bset"], "unknown weights 'bset'; did you mean 'best'"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ses_lab import build, experiments, measure, optim, report, spectra, training
+from ses_lab import build, experiments, measure, optim, report, run_probes, spectra, training
 from ses_lab.config import Choice, ConfigError, merge
 from ses_lab.data import BUNDLED
 from ses_lab.experiments import load, run
@@ -314,7 +314,7 @@ def shaped(tmp_path_factory):
 
 
 def test_entropy_targets_are_beta_log_d(shaped):
-    found = experiments.entropy_targets(shaped)
+    found = run_probes.entropy_targets(shaped)
     entropies = RunFolder(shaped).rows()[-1]["entropy"]
     widths = {f"layer{i + 1}.{j}": 8 << i for i in range(4) for j in (0, 1)} | {"avgpool": 64}
     targets = {layer: 0.6 * math.log(d) for layer, d in widths.items()}
@@ -329,12 +329,12 @@ def test_entropy_targets_are_beta_log_d(shaped):
 
 def test_entropy_targets_need_ses(tmp_path):
     file = toy(tmp_path, probes={"entropy": {}})
-    with pytest.raises(ConfigError, match=r"probes.entropy: .*baseline.* has no regularizer.ses"):
+    with pytest.raises(ConfigError, match=r"probe entropy: .*baseline.* has no regularizer.ses"):
         run(file, "smoke", tmp_path)
 
 
 def test_weight_spectra_are_means_and_changes(shaped):
-    found = experiments.weight_spectra(shaped, layers="layer4.*")
+    found = run_probes.weight_spectra(shaped, layers="layer4.*")
     config = RunFolder(shaped).config()
     fresh = build.model(config, build.dataset(config)[0])
     for key in ("stable_rank", "entropy"):
@@ -346,8 +346,8 @@ def test_weight_spectra_are_means_and_changes(shaped):
         assert found[f"{key}_change"] == pytest.approx(last - first, abs=1e-6)
         assert last != first
     assert 0 < found["stable_rank_share"] <= 1
-    with pytest.raises(ConfigError, match=r"probes.spectra.layers: 'blocks\.\*' matches no weight"):
-        experiments.weight_spectra(shaped, layers="blocks.*")
+    with pytest.raises(ConfigError, match=r"probe spectra: layers 'blocks\.\*' matches no weight"):
+        run_probes.weight_spectra(shaped, layers="blocks.*")
 
 
 def test_probes_leave_those_before_them(shaped):

@@ -596,7 +596,45 @@ def test_frozen_parameters_are_left_out():
     assert result["eigenvalue"] == pytest.approx(torch.linalg.eigvalsh(block)[-1].item(), rel=1e-4)
 
 
+def test_alignment_is_the_cosine_with_the_gradient_of_the_nuclear_norm():
+    net, x, y, _ = _tiny()
+    net[2].requires_grad_(False)
+    weight = net[0].weight
+    F.cross_entropy(net(x), y).backward()
+    gradient, weight.grad = weight.grad, None
+    torch.linalg.matrix_norm(weight, "nuc").backward()
+    expected = F.cosine_similarity(gradient.flatten(), weight.grad.flatten(), dim=0).item()
+    result = PROBES["gradient_alignment"](net, x, y, _seeded(), batch_size=7)
+    assert result["cosine"] == pytest.approx(expected)
+    assert result["aligned"] == float(expected > 0)
+
+
+def test_a_weight_without_a_gradient_has_no_alignment():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].bias.fill_(-100)
+        net[2].bias.copy_(torch.tensor([1.0, 0.0]))
+    x, y = torch.rand(5, 3), torch.zeros(5).long()
+    assert math.isnan(PROBES["gradient_alignment"](net, x, y)["cosine"])
+
+
 # ---- representation ----
+
+
+def test_units_are_dead_that_no_sample_makes_active():
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(1, 2), nn.Linear(4, 5), nn.GELU())
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+        net[0].bias.copy_(torch.tensor([0.0, -0.9, -2.0]))  # active at any, at bright, at no pixel
+        net[3].weight.fill_(0.0)
+        net[3].bias.copy_(torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0]))
+    x = torch.full((4, 1, 4, 4), 0.5)
+    dim = PROBES["dead_units"](net, x, torch.zeros(4).long(), batch_size=3)
+    assert dim == {"share": pytest.approx((2 + 3) / 8), "units": 8}
+    x[3, 0, 2, 1] = 1.0  # one pixel of the last batch
+    assert PROBES["dead_units"](net, x, torch.zeros(4).long(), batch_size=3)["share"] == 4 / 8
+    with pytest.raises(ValueError, match="ran no ReLU"):
+        PROBES["dead_units"](nn.Sequential(nn.Tanh()), torch.rand(3, 2), torch.zeros(3).long())
 
 
 def test_ranks_are_those_of_the_features(trained, digits):

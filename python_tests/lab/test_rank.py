@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from ses_kernels import effective_rank
-from ses_lab import build, engine, experiments, figures, models, training
+from ses_lab import build, engine, experiments, figures, models, run_probes, training
 from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.folder import RunFolder
 from ses_lab.results import collect
@@ -101,5 +101,5 @@ def test_a_study_of_ranks(tmp_path, monkeypatch):
     labels = [panel.get_ylabel() for panel in training.curves(rows).axes]
     assert labels[-2:] == ["effective rank", "effective rank / d^beta"]
     RunFolder(paths["fixed"]).cut(0)
-    with pytest.raises(ConfigError, match=r"probes\.rank: .* has no rank_samples"):
-        experiments.rank_dynamics(paths["fixed"])
+    with pytest.raises(ConfigError, match=r"probe rank: .* has no rank_samples"):
+        run_probes.rank_dynamics(paths["fixed"])

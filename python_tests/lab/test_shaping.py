@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ses_kernels import Term, schedules
-from ses_lab import build, experiments, training
+from ses_lab import build, run_probes, training
 from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.folder import RunFolder
 from ses_lab.shaping import Length, options
@@ -185,7 +185,7 @@ def test_terms_and_schedules_train_and_go_on(tmp_path):
         "blocks.1", "blocks.1.attn:heads/0", "blocks.1.attn:heads/1",
         "blocks.0.attn:weights", "blocks.1.attn:weights",
     }  # fmt: skip
-    probed = experiments.entropy_targets(tmp_path / "straight")
+    probed = run_probes.entropy_targets(tmp_path / "straight")
     distances = [abs(h - rows[-1]["target"][name.partition("/")[0]])
                  for name, h in rows[-1]["entropy"].items()]  # fmt: skip
     assert probed["distance"] == pytest.approx(np.mean(distances))

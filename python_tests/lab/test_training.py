@@ -28,6 +28,8 @@ TINY = {"dataset": {"name": "moons", "samples": 96},
 IMAGES = {"dataset": {"name": "shapes", "preset": "trivial", "samples": 64, "size": 8},
           "model": {"name": "vit_tiny", "embed_dim": 12, "depth": 2, "heads": 2, "patch": 2},
           "epochs": 3, "batch_size": 32}  # fmt: skip
+PROBED = {"probe_every": 2, "probes": {"dead_units": {"samples": 8},
+          "attack": "pgd:steps=2,samples=16,split=train", "gradient_alignment": {}}}  # fmt: skip
 
 
 def numbers(folder):
@@ -98,6 +100,7 @@ def teacher(root):
     "changes",
     [
         {"augmentation": ["crop_flip", "cutmix"], "optimizer": {"name": "adamw", "lr": 0.01},
+         **PROBED,
          "regularizer.ses": {"every_k": 4}, "clip": 0.5, "validation": 0.25, "batch_size": 16},
         {"regularizer": {"sam": {}, "ses": {"every_k": 2}, "spectral_norm": {}},
          "schedule": {"name": "onecycle", "warmup": 0.1},
@@ -134,6 +137,37 @@ def test_resumed_bit_for_bit(changes, tmp_path, tmp_path_factory):
     assert_same(numbers(tmp_path / "broken"), numbers(tmp_path / "straight"))
     status = RunFolder(tmp_path / "broken").status()
     assert (status["state"], status["error"], status["epoch"]) == ("finished", None, 3)
+
+
+def test_probing_changes_nothing_and_is_that_of_a_finished_run(tmp_path):
+    changes = {"model": {"name": "resnet20", "width": 4}, "regularizer.ses": {}, "validation": 0.2}
+    plain = RunConfig.parse(merge(IMAGES, {**changes, "batch_size": 16}))
+    probed = RunConfig.parse(merge(plain.to_dict(), PROBED))
+    training.run(plain, tmp_path / "plain")
+    training.run(probed, tmp_path / "probed")
+    rows, *rest = numbers(tmp_path / "probed")
+    taken = {row["epoch"]: row.pop("probes") for row in rows if "probes" in row}
+    assert taken.keys() == {2, 3}  # every second, and the last
+    assert_same((rows, *rest), numbers(tmp_path / "plain"))
+    assert taken[2]["gradient_alignment"] != taken[3]["gradient_alignment"]
+    again = measure.probe(tmp_path / "probed", [*probed.probes.values()])
+    assert [*again.values()] == [*taken[3].values()]
+    split = RunConfig.parse(merge(plain.to_dict(), {"probe_every": 1, "probes.pgd.split": "val"}))
+    with pytest.raises(ConfigError, match="unknown split of probe pgd 'val'; there are test, tr"):
+        training.run(split, tmp_path / "split")
+    assert not (tmp_path / "split").exists()
+
+
+def test_probes_are_named_and_come_with_when():
+    with pytest.raises(ConfigError, match=r"probe_every, in epochs, .*got None and \['pgd'\]"):
+        RunConfig.parse({**TINY, "probes": {"pgd": {}}})
+    for probes, message in (
+        ({"pdg": {}}, "unknown probe 'pdg'; did you mean 'pgd'"),
+        ({"attack": "pgd:step=2"}, "probe pgd: unknown parameter 'step'; did you mean 'steps'"),
+        ({"attack": {"name": "pgd", "splits": "train"}}, "unknown parameter 'splits'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            RunConfig.parse({**TINY, "probe_every": 1, "probes": probes})
 
 
 # ---- kill -9 ----

@@ -27,22 +27,17 @@ and comes after it. Published numbers are those that the named source gives, and
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ses_lab.config import (
-    Choice,
     ConfigError,
-    Registry,
     RunConfig,
     Strict,
     from_environment,
@@ -51,7 +46,8 @@ from ses_lab.config import (
     read_yaml,
     unknown,
 )
-from ses_lab.folder import RunFolder, atomic, write_json
+from ses_lab.folder import RunFolder, atomic
+from ses_lab.options import Probes
 from ses_lab.sinks import Sink
 
 # Of every run: last and best accuracy on the test set, its last macro F1 and AUROC, and last
@@ -82,7 +78,7 @@ class Experiment(Strict):
     base: dict[str, Any]
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    probes: dict[str, dict[str, Any]] = Field({})
+    probes: Probes = Field({})
     weights: Literal["last", "best"] = "last"  # of the runs, that are probed
     measures: tuple[str, ...] = ("accuracy",)
     sweep: str | None = None
@@ -92,11 +88,14 @@ class Experiment(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        for name, params in self.probes.items():
-            probes().check("probe", Choice(name=name, **params))
+        from ses_lab import run_probes
+
+        for choice in self.probes.values():
+            run_probes.check(choice)
+        labels = (*self.probes, *(self.base.get("probes") or ()))
         for measure in (*self.measures, *([self.pareto] if self.pareto else [])):
-            if measure.partition(".")[0] not in (*METRICS, *self.probes):
-                raise ValueError(unknown("measure", measure, (*METRICS, *self.probes)))
+            if measure.partition(".")[0] not in (*METRICS, *labels):
+                raise ValueError(unknown("measure", measure, (*METRICS, *labels)))
         for pair in self.against.items():
             for variant in pair:
                 lookup("variant of against", self.variants, variant)
@@ -155,13 +154,6 @@ class Experiment(Strict):
             if config.method in variants or path in needed:
                 needed |= {path, *(Path(s.run) for s in (config.teacher, config.init_from) if s)}
         return {path: config for path, config in found.items() if path in needed}
-
-
-def probes() -> Registry:
-    """What a study can measure of a trained run."""
-    from ses_lab.probes import GIVEN, PROBES
-
-    return Registry({**PROBES, **of_runs()}, (*GIVEN, "folder"))
 
 
 def names() -> tuple[str, ...]:
@@ -238,12 +230,10 @@ def run(
 
     Raises as :func:`load`, and OtherRunError where the folder holds runs of another configuration.
     """
-    from ses_lab import build, measure, training
-    from ses_lab.probes import PROBES
+    from ses_lab import measure, training
 
     experiment = load(name, scale, changes)
     root = Path(out) / experiment.name / experiment.scale
-    chosen = [Choice(name=name, **params) for name, params in experiment.probes.items()]
     for folder, config in experiment.runs(root, variants).items():
         try:
             training.run(config, folder, sinks)
@@ -253,124 +243,13 @@ def run(
             continue
         _save(experiment, root)
         run = RunFolder(folder)
-        missing = [choice for choice in chosen if choice.slug not in run.read_json("probes.json")]
-        if not run.finished() or not missing:
-            continue
-        of_model = [choice for choice in missing if choice.name in PROBES]
-        measure.probe(folder, of_model, experiment.weights)
-        ours = {}
-        for choice in missing:
-            if choice.name not in PROBES:
-                with build.as_config_error(f"probe {choice.name}"):
-                    ours[choice.slug] = of_runs()[choice.name](folder, **choice.params)
-        with run.claim(config):
-            write_json(run / "probes.json", {**run.read_json("probes.json"), **ours})
+        done = run.read_json("probes.json")
+        missing = [choice for choice in experiment.probes.values() if choice.slug not in done]
+        if run.finished() and missing:
+            measure.probe(folder, missing, experiment.weights)
     return root
 
 
 def _save(experiment: Experiment, root: Path) -> None:
     with atomic(root / "experiment.yaml") as file:
         file.write(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).encode())
-
-
-def weight_spectra(folder: str | os.PathLike, *, layers: str = "*") -> dict[str, float]:
-    """Means over the weights that match the glob ``layers``, of a run's last weights.
-
-    ``alpha``, ``hill``, ``hill_top``, ``stable_rank``, ``entropy`` and ``decay`` of
-    :func:`ses_lab.spectra.table`; ``stable_rank_share`` of the smaller side; each
-    also as ``..._change`` since the initial weights. Fits that fail are left out.
-    """
-    import torch
-
-    from ses_lab import build
-
-    config = RunFolder(folder).config()
-    last = _means(build.trained(folder, "last"), layers)
-    with torch.random.fork_rng():
-        first = _means(build.model(config, build.dataset(config)[0]), layers)
-    return {**last, **{f"{key}_change": last[key] - first[key] for key in last}}
-
-
-def _means(model, layers: str) -> dict[str, float]:
-    from ses_lab import spectra
-
-    rows = [row for row in spectra.table(model) if fnmatchcase(row["layer"], layers)]
-    if not rows:
-        raise ConfigError(f"probes.spectra.layers: {layers!r} matches no weight of the model")
-    for row in rows:
-        row["stable_rank_share"] = row["stable_rank"] / min(row["rows"], row["columns"])
-    keys = ("alpha", "hill", "hill_top", "stable_rank", "stable_rank_share", "entropy", "decay")
-    return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}
-
-
-def entropy_targets(folder: str | os.PathLike) -> dict[str, float]:
-    """``target.<layer>``, beta log d in nats, of a run with SES; ``distance``: mean |H - target|.
-
-    And, of the ratios exp(H) / d^beta, what :func:`rank_dynamics` has. All of the last training
-    step that measured.
-    """
-    row = _last_with("entropy", folder)
-    targets = row["target"]
-    distances = {name: h - targets[layer_of(name)] for name, h in row["entropy"].items()}
-    return {
-        **{f"target.{layer}": target for layer, target in targets.items()},
-        "distance": float(np.mean(np.abs([*distances.values()]))),
-        **_of_ratios([math.exp(distance) for distance in distances.values()]),
-    }
-
-
-def _of_ratios(ratios: Sequence[float]) -> dict[str, float]:  # rank / d^beta, the last layer's last
-    near = [abs(ratio - 1) <= 0.1 for ratio in ratios]
-    return {"ratio": float(np.mean(ratios)), "last_ratio": ratios[-1], "near": float(np.mean(near))}
-
-
-def layer_of(name: str) -> str:
-    """The layer of an entropy: of a head, ``blocks.0.attn:heads/3``, the one that has it."""
-    return name.partition("/")[0]
-
-
-def rank_dynamics(folder: str | os.PathLike) -> dict[str, float]:
-    """Of the effective ranks that a run with ``rank_samples`` took after its last epoch.
-
-    ``ratio``: mean over the layers of rank / d^beta; ``last_ratio``: that of the last layer;
-    ``near``: the share of the layers where it is 0.9 to 1.1; ``spread``: the largest rank over the
-    least; ``mean``, and each ``layer.<layer>``: ranks; ``first_ratio``: ``ratio`` after the first
-    epoch.
-    """
-    last = _last_with("rank", folder)
-    ranks = last["rank"]
-    first = RunFolder(folder).rows()[0]
-    return {
-        **{f"layer.{layer}": rank for layer, rank in ranks.items()},
-        "mean": float(np.mean([*ranks.values()])),
-        "spread": max(ranks.values()) / min(ranks.values()),
-        **_of_ratios([*last["rank_ratio"].values()]),
-        "first_ratio": float(np.mean([*first["rank_ratio"].values()])),
-    }
-
-
-_KEPT_BY = {
-    "entropy": "regularizer.ses (lambda_ses: 0 measures)",
-    "rank": "rank_samples",
-}
-
-
-def _last_with(key: str, folder: str | os.PathLike) -> dict[str, Any]:
-    """The last epoch of a run that has ``key``."""
-    for row in reversed(RunFolder(folder).rows()):
-        if key in row:
-            return row
-    raise ConfigError(f"probes.{key}: {folder} has no {_KEPT_BY[key]}")
-
-
-def of_runs() -> dict[str, Callable[..., dict[str, float]]]:
-    """Probes that ask for more than a model and samples: functions of the folder."""
-    from ses_lab import transfer
-
-    return {
-        "spectra": weight_spectra,
-        "entropy": entropy_targets,
-        "rank": rank_dynamics,
-        "linear": transfer.linear_probe,
-        "knn": transfer.knn,
-    }

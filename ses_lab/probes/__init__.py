@@ -16,7 +16,9 @@ PROBES = {
     "complexity": geometry.complexity,
     "sharpness": geometry.sharpness,
     "hessian": geometry.hessian,
+    "gradient_alignment": geometry.gradient_alignment,
     "jacobian": geometry.jacobian,
     "ranks": representation.ranks,
+    "dead_units": representation.dead_units,
     "collapse": representation.collapse,
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -40,6 +41,29 @@ def evaluation(
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+class Activations(TorchDispatchMode):
+    """``see(i, z)`` of the input z of the i-th ReLU, leaky ReLU, GELU or SiLU that runs.
+
+    It watches operations rather than modules, which sees ``F.relu`` too. ValueError at the end of
+    a pass without any.
+    """
+
+    def __init__(self, see: Callable[[int, Tensor], None]) -> None:
+        super().__init__()
+        self.see, self.count = see, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__.rstrip("_") in ("relu", "leaky_relu", "gelu", "silu"):
+            self.see(self.count, args[0])
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
+        if exception[0] is None and not self.count:
+            raise ValueError("the model ran no ReLU, leaky ReLU, GELU or SiLU")
 
 
 def accuracy(model: nn.Module, batches: Batches) -> float:

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ses_lab.probes.common import Batches, evaluation, randn
+from ses_lab.probes.common import Activations, Batches, evaluation, randn
 
 Generator = torch.Generator | None
 
@@ -94,38 +93,27 @@ def complexity(
     those of their code for CIFAR-10, which works on standardised images.
     """
     crossed, units = 0, 0
+
+    def see(_: int, z: Tensor) -> None:
+        nonlocal crossed, units
+        positive = (z > 0).unflatten(0, (-1, len(offsets)))  # (N, points, ...)
+        crossed += (positive.any(1) & ~positive.all(1)).sum().item()
+        units += positive[:, 0].numel()
+
     with evaluation(model, images, labels, generator, samples, batch_size) as batches:
         first = batches[0][0]
         frame = _orthonormal(first[0].numel(), directions, generator, first)
         offsets = radius * torch.cat([frame, -frame]).view(-1, *first.shape[1:])
         for x, _ in batches:
-            with torch.no_grad(), _Crossings(len(offsets)) as crossings:
+            with torch.no_grad(), Activations(see):
                 model((x[:, None] + offsets).flatten(0, 1))
-            crossed, units = crossed + crossings.crossed, units + crossings.units
         count = sum(len(x) for x, _ in batches)
-    if not units:
-        raise ValueError(f"{type(model).__name__} ran no ReLU, leaky ReLU, GELU or SiLU")
     return {"crossings": crossed / count, "share": crossed / units}
 
 
 def _orthonormal(size: int, count: int, generator: Generator, like: Tensor) -> Tensor:
     q, _ = torch.linalg.qr(randn((size, min(count, size)), generator, like))
     return q.mT  # (count, size)
-
-
-class _Crossings(TorchDispatchMode):
-    """Watches operations rather than modules, which sees ``F.relu`` too."""
-
-    def __init__(self, points: int) -> None:
-        super().__init__()
-        self.points, self.crossed, self.units = points, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__.rstrip("_") in ("relu", "leaky_relu", "gelu", "silu"):
-            positive = (args[0] > 0).unflatten(0, (-1, self.points))  # (N, points, ...)
-            self.crossed += (positive.any(1) & ~positive.all(1)).sum().item()
-            self.units += positive[:, 0].numel()
-        return func(*args, **(kwargs or {}))
 
 
 # ---- in the space of parameters ----
@@ -208,6 +196,41 @@ def hessian(
             value, residual, more = _power_iteration(product, start, iterations, tolerance, shift)
             used += more
     return {"eigenvalue": value, "residual": residual, "iterations": used}
+
+
+def gradient_alignment(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    generator: Generator = None,
+    *,
+    samples: int | None = 1024,
+    batch_size: int = 256,
+) -> dict[str, float]:
+    """Whether the loss pulls the weights towards lower rank: cosines of dL/dW and U V^T.
+
+    W = U S V^T is a weight as a matrix (out, all else), fused projections whole, and U V^T the
+    gradient of its nuclear norm; L the mean cross-entropy in eval mode. ``cosine``: mean over the
+    weights, positive where descent lowers the norm; ``aligned``: the share of positive ones.
+    Weights without a gradient are left out; NaN if none has one.
+
+    Cost: a pass forward and backward, and an SVD in float64 of each weight. Sources: "gradient
+    alignment" of github.com/mgrts/vision-spectra at fe4758b, there of linear layers alone and for
+    the last batch of training; the implicit bias, Gunasekar et al. (NeurIPS 2017).
+    """
+    parameters = {name: p for name, p in _trainable(model).items() if p.dim() in (2, 4)}
+    with evaluation(model, images, labels, generator, samples, batch_size) as batches:
+        gradients = _accumulated(
+            lambda loss: _gradient(loss, parameters), _losses(model, parameters, batches)
+        )
+    cosines = []
+    for p, gradient in zip(parameters.values(), gradients, strict=True):
+        u, _, vh = torch.linalg.svd(p.detach().flatten(1).double(), full_matrices=False)
+        g = gradient.flatten(1).double()
+        if norm := g.norm().item():
+            cosines.append(((u @ vh) * g).sum().item() / (norm * len(vh) ** 0.5))
+    found = torch.tensor(cosines)
+    return {"cosine": found.mean().item(), "aligned": (found > 0).float().mean().item()}
 
 
 def _power_iteration(

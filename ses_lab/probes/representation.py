@@ -1,4 +1,4 @@
-"""What the features look like: effective ranks of the stages, neural collapse of the last."""
+"""What the features look like: ranks of the stages, dead units, neural collapse of the last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ses_kernels import effective_rank
 from ses_lab import models
-from ses_lab.probes.common import evaluation
+from ses_lab.probes.common import Activations, evaluation
 
 
 def ranks(
@@ -40,6 +40,41 @@ def _mean_over_positions(stage: Tensor) -> Tensor:
     """(N, C, H, W), (N, T, D) or (N, D) -> (N, features), in float32 (float64)."""
     wide = torch.float64 if stage.dtype == torch.float64 else torch.float32
     return stage if stage.dim() == 2 else stage.mean({3: (1,), 4: (2, 3)}[stage.dim()], dtype=wide)
+
+
+def dead_units(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    samples: int | None = 512,
+    batch_size: int = 256,
+) -> dict[str, float]:
+    """``share`` of the ``units`` that are active for none of the samples.
+
+    A unit is a feature of what goes into a ReLU, leaky ReLU, GELU or SiLU, a channel of
+    (N, C, H, W) and else an element of the last axis; it is active where that is positive, at any
+    position. Behind a ReLU the others put out 0 and get no gradient; behind the rest it is the
+    analogous count. Fewer samples find more of them: compare runs at equal ``samples``.
+
+    Raises:
+        ValueError: no such activation runs.
+
+    Source: Lu, Shin, Su & Karniadakis, "Dying ReLU and initialization" (2020).
+    """
+    active: dict[int, Tensor] = {}  # of each activation that runs, (features,) bool
+
+    def see(i: int, z: Tensor) -> None:
+        found = (z > 0).movedim(1 if z.dim() == 4 else -1, 0).flatten(1).any(1)
+        active[i] = active.get(i, False) | found
+
+    with evaluation(model, images, labels, generator, samples, batch_size) as batches:
+        for x, _ in batches:
+            with torch.no_grad(), Activations(see):
+                model(x)
+    units = torch.cat([*active.values()])
+    return {"share": (~units).double().mean().item(), "units": len(units)}
 
 
 def collapse(
