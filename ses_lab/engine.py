@@ -144,6 +144,8 @@ class Training:
         build.check(config, dataset, self.regime)
         steps = self.batches * self.regime.replays
         self.ses = build.regularizer(config, self.model, steps, ranks.group)
+        if self.ses is not None:
+            self.regime.unshaped = self.ses.disabled
         self.steps = config.epochs * steps
         self.optimizer, self.schedule = build.optimizer(config, self.regime, self.steps)
         sam = config.regularizer.sam

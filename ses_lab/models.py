@@ -194,10 +194,10 @@ def build(
         size: side of the images; None for points (N, channels), which ``mlp`` takes.
         mean, std: of the inputs, one number or one a channel; 0 and 1 by default.
         params: ``width`` of the ResNets' stem; ``depth``, ``widen`` (wrn28_10); ``embed_dim``,
-            ``depth``, ``heads``, ``patch``, ``drop_path``, ``attention_weights`` (vit_tiny,
-            vit_small); ``width``, ``depth`` (mlp); ``stages`` and ``classifier``, names inside an
-            imported model, which default to the layers that SESRegularizer hooks and the last
-            linear layer.
+            ``depth``, ``heads``, ``patch``, ``drop_path``, ``dropout``, ``attention_weights``
+            (vit_tiny, vit_small); ``width``, ``depth`` (mlp); ``stages`` and ``classifier``, names
+            inside an imported model, which default to the layers that SESRegularizer hooks and the
+            last linear layer.
 
     The module has ``stages`` and ``classifier``, the dotted names of the modules whose outputs are
     its stages and of the last linear layer, and ``ses_layers`` for SESRegularizer. ValueError for

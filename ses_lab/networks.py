@@ -200,9 +200,9 @@ class WideResNet(nn.Module):
 class Attention(nn.Module):
     """With ``weights`` its ``softmax`` is a module, whose output a hook sees: (N, heads, T, T)."""
 
-    def __init__(self, width: int, heads: int, weights: bool) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, weights: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.softmax = nn.Softmax(-1) if weights else None
 
@@ -213,24 +213,29 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             out = self.softmax(q @ k.mT / q.shape[-1] ** 0.5) @ v
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return F.dropout(self.fc2(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, drop_path: float, weights: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, drop_path: float, dropout: float, weights: bool
+    ) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads, weights)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width, 4 * width)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, dropout, weights)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width, 4 * width, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._kept(self.attn(self.norm1(x)))
@@ -248,8 +253,9 @@ class VisionTransformer(nn.Module):
     """Stages are its blocks, (N, 1 + patches, D) with the class token first.
 
     ``drop_path`` is the share of samples that the last block leaves out in training; it rises
-    linearly from 0 at the first (Huang et al., ECCV 2016). ``attention_weights``: attention by a
-    softmax that hooks can reach, ``blocks.*.attn.softmax``, which is slower than the fused kernel.
+    linearly from 0 at the first (Huang et al., ECCV 2016). ``dropout``: of the embeddings and
+    behind every dense layer but those of Q, K and V. ``attention_weights``: attention by a softmax
+    that hooks can reach, ``blocks.*.attn.softmax``, which is slower than the fused kernel.
     """
 
     classifier, ses_layers = "head", None
@@ -264,6 +270,7 @@ class VisionTransformer(nn.Module):
         heads: int | None = None,
         patch: int = 4,
         drop_path: float = 0.0,
+        dropout: float = 0.0,
         attention_weights: bool = False,
     ) -> None:
         super().__init__()
@@ -274,15 +281,15 @@ class VisionTransformer(nn.Module):
                 f"patches of {patch} must tile images of size {size}, and {heads} heads divide "
                 f"embed_dim {embed_dim}; pass patch= or heads="
             )
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path is in [0, 1), got {drop_path}")
-        self.normalize = normalize
+        if not 0 <= drop_path < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"drop_path and dropout are in [0, 1), got {drop_path}, {dropout}")
+        self.normalize, self.dropout = normalize, dropout
         self.patch_embed = nn.Conv2d(normalize.channels, embed_dim, patch, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (size // patch) ** 2, embed_dim))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.Sequential(
-            *(Block(embed_dim, heads, rate, attention_weights) for rate in rates)
+            *(Block(embed_dim, heads, rate, dropout, attention_weights) for rate in rates)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, classes)
@@ -296,6 +303,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, classes)
         x = self.patch_embed(self.normalize(x)).flatten(2).mT
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        x = F.dropout(x, self.dropout, self.training)
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 

@@ -6,6 +6,7 @@ and connectors of a distiller are trained, averaged and resumed like the model i
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -43,6 +44,8 @@ class Supervised(nn.Module):
         teacher: of :class:`Distill` alone.
     """
 
+    # Around the passes that SES does not shape; the trainer puts that of its regulariser here.
+    unshaped = staticmethod(contextlib.nullcontext)
     replays = 1  # steps in a row on the same batch
     idle_parameters = False  # some get no gradient, which DDP has to be told
 
@@ -186,13 +189,15 @@ class MaskedImageModelling(Supervised):
 class Multitask(MaskedImageModelling):
     """loss(labels) + weight * masked pixels, on the same images.
 
-    SES shapes the features of both passes: a layer counts as the mean of the two.
+    SES shapes the pass of the whole images, which are what the network is used on: its entropies
+    compare with those of the other regimes. That of the masked images goes by its own loss alone.
     """
 
     idle_parameters = False
 
     def forward(self, images: Tensor, targets: Tensor, generator: Generator) -> dict[str, Tensor]:
-        masked = self.masked(self.model, images, generator)
+        with self.unshaped():
+            masked = self.masked(self.model, images, generator)
         result = self._labelled(self.model(images), targets)
         loss = result["loss"] + self.options.weight * masked
         return {**result, "loss": loss, "masked": masked.detach()}

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ses_lab import document, experiments, figures
 from ses_lab.config import ConfigError
 from ses_lab.document import Block, Heading, Paragraph, Picture, Table
@@ -182,12 +184,40 @@ def _section(scales: Sequence[Results]) -> list[Block]:
                 shown = (_published(row.get(measure)) for measure in first.measures)
                 rows.append(("", f"published [{number}], n = {reference.seeds}", *shown))
     blocks.append(Table(("variant", "where", *first.measures), rows))
+    blocks += [_profile(scales, prefix) for prefix in first.profiles]
     compared = [cell for cells in tables.values() for cell in cells if cell["p"] is not None]
     if compared:
         head = ("variant", "against", "scale", "measure", "difference", "p", "Holm p", "d",
                 "rank p")  # fmt: skip
         blocks.append(Table(head, [_comparison(cell) for cell in compared]))
     return blocks
+
+
+def _profile(scales: Sequence[Results], prefix: str) -> Table:
+    """A row for each layer, ours and published numbers of every variant side by side."""
+    first = scales[0].experiment
+    columns: dict[str, dict[str, str]] = {}
+    for variant in first.variants:
+        for results in scales:
+            of_seeds: dict[str, list[float]] = {}
+            for numbers in results.runs[variant].values():
+                for measure, value in numbers.items():
+                    if measure.startswith(f"{prefix}."):
+                        of_seeds.setdefault(measure.removeprefix(f"{prefix}."), []).append(value)
+            columns[f"{variant}, {results.experiment.scale}"] = {
+                layer: _spread(np.mean(x), np.std(x, ddof=1) if len(x) > 1 else None)
+                for layer, x in of_seeds.items()
+            }
+        for number, reference in enumerate(first.reference, 1):
+            columns[f"{variant}, published [{number}]"] = {
+                measure.removeprefix(f"{prefix}."): _published(value)
+                for measure, value in reference.rows.get(variant, {}).items()
+                if measure.startswith(f"{prefix}.")
+            }
+    columns = {head: cells for head, cells in columns.items() if cells}
+    layers = dict.fromkeys(layer for cells in columns.values() for layer in cells)
+    rows = [(layer, *(cells.get(layer, "") for cells in columns.values())) for layer in layers]
+    return Table((prefix, *columns), rows)
 
 
 def _comparison(cell: Mapping[str, Any]) -> tuple[str, ...]:

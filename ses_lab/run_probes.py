@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -175,14 +175,15 @@ def rank_dynamics(folder: str | os.PathLike) -> dict[str, float]:
 
     ``ratio``: mean over the layers of rank / d^beta; ``last_ratio``: that of the last layer;
     ``near``: the share of the layers where it is 0.9 to 1.1; ``spread``: the largest rank over the
-    least; ``mean``, and each ``layer.<layer>``: ranks; ``first_ratio``: ``ratio`` after the first
-    epoch.
+    least; ``mean``, and each ``layer.<layer>``: ranks; ``first_ratio`` and ``first.<layer>``: the
+    same after the first epoch.
     """
     last = _last_with("rank", folder)
     ranks = last["rank"]
     first = RunFolder(folder).rows()[0]
     return {
         **{f"layer.{layer}": rank for layer, rank in ranks.items()},
+        **{f"first.{layer}": rank for layer, rank in first["rank"].items()},
         "mean": float(np.mean([*ranks.values()])),
         "spread": max(ranks.values()) / min(ranks.values()),
         **_of_ratios([*last["rank_ratio"].values()]),

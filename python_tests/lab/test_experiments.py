@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import yaml
 
-from ses_lab import build, experiments, measure, optim, report, run_probes, spectra, training
+from ses_lab import (
+    build,
+    experiments,
+    figures,
+    measure,
+    optim,
+    report,
+    run_probes,
+    spectra,
+    training,
+)
 from ses_lab.config import Choice, ConfigError, merge
 from ses_lab.data import BUNDLED
 from ses_lab.experiments import load, run
@@ -22,6 +32,8 @@ PAPER = {
     "vit", "vit_augmentation", "vit_beta", "vit_layers", "beta_schedules", "targets",
     "rank_dynamics", "two_views", "bert",
 }  # fmt: skip
+SPECTRA = {"weight_spectra", "losses", "data_complexity", "architectures", "pretraining",
+           "regularizers"}  # fmt: skip
 TOY = {
     "title": "Toy",
     "question": "Does it run?",
@@ -45,7 +57,7 @@ def toy(path: Path, **changes) -> str:
 
 
 def test_the_studies_are_there():
-    assert {*experiments.names()} == {*PAPER, "weight_spectra", "distillation"}
+    assert {*experiments.names()} == {*PAPER, *SPECTRA, "distillation"}
 
 
 @pytest.mark.parametrize("name", experiments.names())
@@ -63,7 +75,12 @@ def test_every_file_is_valid(name, scale):
 
 def tiny(name: str) -> dict:
     """Changes with which an experiment takes a second or two: one seed and epoch, 64 images."""
-    experiment = load(name, "smoke")
+    corner = {}
+    if name == "architectures":  # of its 4 x 4
+        text = (Path(experiments.__file__).parent / f"{name}.yaml").read_text()
+        axes = yaml.safe_load(text)["scales"]["smoke"]["grid"]
+        corner = {"grid": [dict([*axis.items()][:2]) for axis in axes]}
+    experiment = load(name, "smoke", corner)
     points = experiment.base["dataset"] if name == "toy_jacobian" else {}
     # patches of a ViT tile 28 pixels as they do at scale smoke
     size = 28 if name == "weight_spectra" else 8
@@ -72,13 +89,16 @@ def tiny(name: str) -> dict:
     if name == "bert":
         pytest.importorskip("transformers")
         dataset = {**experiment.base["dataset"], "samples": 64}
-    changes = {"base.dataset": dataset, "base.epochs": 1, "base.batch_size": 32, "seeds": [0]}
+    changes = {**corner, "base.dataset": dataset, "base.epochs": 1, "base.batch_size": 32,
+               "seeds": [0]}  # fmt: skip
     for variant, own in experiment.variants.items():
         if "dataset" in own:
             changes |= {f"variants.{variant}.{k}": changes[f"base.{k}"]
                         for k in ("dataset", "epochs", "batch_size")}  # fmt: skip
     if "corruption" in experiment.probes:
         changes["probes.corruption"] = {"severities": [3], "samples": 16}
+    for label in experiment.base.get("probes", {}):
+        changes[f"base.probes.{label}.samples"] = 8
     return changes
 
 
@@ -88,6 +108,8 @@ def assert_complete(root: Path):
     for cell in table(results):
         expected = len(results.experiment.seeds)
         if cell["measure"] == "overhead" and cell["variant"] == results.experiment.control:
+            expected = 0
+        if cell["measure"] == "accuracy" and cell["variant"] == "masked":  # it has no labels
             expected = 0
         assert cell["seeds"] == expected, cell
 
@@ -215,6 +237,28 @@ def test_students_learn_from_the_teacher_of_their_seed():
             assert order.index(teachers[config.seed]) < order.index(path)
 
 
+GRID = [{"one": None, "two": {"model.depth": 2}}, {"a": {}, "b": {"epochs": 7}}]
+
+
+def test_a_grid_is_a_product(tmp_path):
+    changes = {"grid": GRID, "variants": {"two+b": {"clip": 1.0}, "other": {}}}
+    document = {**TOY, **changes, "against": {"two+b": "two+a"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    experiment = load(str(tmp_path / "own.yaml"), "full", {"variants.two+a.clip": 2.0})
+    assert [*experiment.variants] == ["one+a", "one+b", "two+a", "two+b", "other"]
+    configs = {c.method: c for c in experiment.runs(tmp_path).values()}
+    found = {name: (c.model.params.get("depth"), c.epochs, c.clip) for name, c in configs.items()}
+    assert found == {"one+a": (None, 2, None), "one+b": (None, 7, None), "two+a": (2, 2, 2.0),
+                     "two+b": (2, 7, 1.0), "other": (None, 2, None)}  # fmt: skip
+    opponents = {name: experiment.opponent(name) for name in experiment.variants}
+    assert opponents == {"one+a": None, "one+b": "one+a", "two+a": "one+a", "two+b": "two+a",
+                         "other": "one+a"}  # fmt: skip
+    assert load(str(tmp_path / "own.yaml"), "full", {"against": {}}).opponent("two+b") == "two+a"
+    for grid in ({"a": {}}, [["a"]], [{}]):
+        with pytest.raises(ConfigError, match=r"own\.yaml: grid: expected a list of axes"):
+            load(str(tmp_path / "own.yaml"), "full", {"grid": grid})
+
+
 # ---- running ----
 
 
@@ -297,6 +341,28 @@ def test_pretraining_then_finetuning(tmp_path):
 
 
 # ---- probes of runs ----
+
+
+def test_probes_of_the_epochs(tmp_path):
+    probes = {"dead": {"name": "dead_units", "samples": 16}, "pgd": "pgd:steps=1,samples=16"}
+    changes = {"base.epochs": 3, "base.probe_every": 2, "base.probes": probes, "seeds": [0, 1],
+               "measures": ["accuracy", "dead.share", "pgd.robust"]}  # fmt: skip
+    root = run(toy(tmp_path, **changes), "full", tmp_path / "out")
+    results = collect(root)
+    assert_complete(root)
+    paths = {(c.method, c.seed): p for p, c in results.experiment.runs(root).items()}
+    rows = [RunFolder(paths["ses", seed]).rows() for seed in (0, 1)]
+    numbers = results.runs["ses"][1]
+    assert numbers["dead.share"] == rows[1][-1]["probes"]["dead"]["share"]
+    assert numbers["pgd.robust"] == 100 * rows[1][-1]["probes"]["pgd"]["robust"]  # in percent
+    panels = figures.draw(results)["probes"].axes
+    assert [panel.get_ylabel() for panel in panels] == ["dead.share", "pgd.robust"]
+    line = panels[0].lines[1]
+    means = [np.mean([r[epoch]["probes"]["dead"]["share"] for r in rows]) for epoch in (1, 2)]
+    assert (list(line.get_xdata()), line.get_label()) == ([2, 3], "ses")
+    assert line.get_ydata() == pytest.approx(means)
+    with pytest.raises(ConfigError, match=r"probes\.dead is the label of one of base\.probes"):
+        load(toy(tmp_path, **changes, probes={"dead": {"name": "dead_units"}}))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ses_kernels import SESRegularizer
@@ -308,6 +309,21 @@ class Logits(nn.Module):
         return self.last(self.body(x)[0]), "other"
 
 
+def test_dropout_is_that_of_the_paper(monkeypatch):
+    """Of the embeddings and behind each dense layer but Q, K and V; nothing in eval mode."""
+    rates = []
+    real = F.dropout
+    monkeypatch.setattr(
+        F, "dropout", lambda x, p, training: rates.append((p, training)) or real(x, p, training)
+    )
+    torch.manual_seed(0)
+    model = build("vit_tiny", channels=1, size=8, classes=3, embed_dim=16, depth=2, dropout=0.3)
+    x = torch.rand(4, 1, 8, 8)
+    assert not torch.equal(model(x), model(x))
+    assert rates == 14 * [(0.3, True)]  # two passes of 1 + 2 * 3
+    assert torch.equal(model.eval()(x), model(x))
+
+
 def test_drop_path_leaves_out_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     model = build("vit_tiny", channels=1, size=8, classes=3, embed_dim=16, depth=3, drop_path=0.4)
@@ -322,7 +338,7 @@ def test_drop_path_leaves_out_samples_and_keeps_the_mean():
         torch.testing.assert_close(kept.mean(0), whole[0] * share / 0.6, rtol=1e-4, atol=1e-6)
         block.eval()
         assert torch.equal(block._kept(whole), whole)
-    with pytest.raises(ValueError, match=r"drop_path is in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"drop_path and dropout are in \[0, 1\), got 1"):
         build("vit_tiny", channels=1, size=8, classes=3, drop_path=1.0)
 
 

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from ses_kernels import effective_rank
-from ses_lab import build, engine, experiments, figures, models, run_probes, training
+from ses_lab import build, engine, experiments, figures, models, report, run_probes, training
 from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.folder import RunFolder
 from ses_lab.results import collect
@@ -70,6 +70,8 @@ def test_ranks_need_layers():
 def test_a_study_of_ranks(tmp_path, monkeypatch):
     document = {
         "base": BASE, "probes": {"rank": {}}, "measures": ["rank.ratio", "rank.spread"],
+        "profiles": ["rank.layer"], "reference": [{"source": "S", "setting": "T", "rows": {
+            "fixed": {"rank.ratio": 0.5, "rank.layer": {"blocks.1": 7.25, "blocks.2": 9}}}}],
         "variants": {"fixed": {}, "schedule": {"regularizer.ses": {
             "terms": [{"layers": "heads"}], "every_k": 1,
             "beta": {"schedule": "linear", "start": 0.9, "end": 0.3, "epochs": 1}}}},
@@ -88,6 +90,13 @@ def test_a_study_of_ranks(tmp_path, monkeypatch):
     for row, beta in ((first, 0.6), (last, 0.3)):
         name = "blocks.1.attn:heads/1"
         assert row["rank"][name] / row["rank_ratio"][name] == pytest.approx(6**beta)
+    text = report.write(tmp_path).read_text()
+    own = rows[-1]["rank"]
+    assert "| rank.layer | fixed, full | fixed, published [1] | schedule, full |" in text
+    assert f"| blocks.0 | {own['blocks.0']:.2f} | | |" in text
+    assert f"| blocks.1 | {own['blocks.1']:.2f} | 7.25 | |" in text
+    assert "| blocks.2 | | 9.00 | |" in text
+    assert "| 0.500 |" in text
     drawn = figures.draw(results)["ranks"]
     labels = [panel.get_ylabel() for panel in drawn.axes]
     assert labels == 2 * ["effective rank"] + 2 * ["effective rank / d^beta"]

@@ -8,6 +8,7 @@ from torch import nn
 from ses_lab import build, config, models, training
 from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.distill import DISTILLERS
+from ses_lab.engine import Ranks, Training
 from ses_lab.losses import cross_entropy
 from ses_lab.models import outputs
 from ses_lab.regimes import (
@@ -111,6 +112,20 @@ def test_multitask_is_the_sum():
     expected = cross_entropy(model(images), targets) + 0.3 * masked
     torch.testing.assert_close(result["loss"], expected)
     torch.testing.assert_close(result["masked"], masked.detach())
+
+
+@pytest.mark.filterwarnings("error")
+def test_multitask_shapes_whole_images():
+    """The entropies of a step are those of the pass with the labels alone."""
+    document = merge(TINY, {"regime": {"name": "multitask", "patch": 2}, **SES})
+    trainer = Training(RunConfig.parse(document), Ranks(0, 1, torch.device("cpu"), None))
+    trainer.regime.train()
+    indices = trainer.order(1)[0]
+    trainer.regime.model(trainer.batch(indices)[0])
+    trainer.ses.loss()
+    expected = trainer.ses.entropies
+    trainer.step(1, 0, 0, indices)
+    assert trainer.ses.entropies == pytest.approx(expected)
 
 
 # ---- adversarial ----

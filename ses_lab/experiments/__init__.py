@@ -14,6 +14,7 @@
     weights: best                                      # that are probed; the last by default
     against: {ses+mixup: mixup}                        # compared with that, not with the control
     measures: [accuracy, gap, corruption.mean]         # columns of the report
+    profiles: [rank.layer]                             # measures by layer, a table each
     sweep: regularizer.ses.every_k                     # an axis of its figure
     reference:                                         # ``definition``: where it is not as ours
       - {source: ..., setting: ..., definition: ..., rows: {k=10: {accuracy: 75.85}}}
@@ -23,10 +24,16 @@ A scale is changes of the document, by the rule of :func:`ses_lab.config.merge`;
 nothing unless it is given, and ``smoke`` is what runs by default where there is one. A variant that
 learns from another one of the same seed names it, as ``teacher: {run: teacher}`` or ``init_from``,
 and comes after it. Published numbers are those that the named source gives, and no others.
+
+``grid`` makes variants as a product of axes: of ``[{tiny: ..., small: ...}, {a: ..., b: ...}]``
+there are ``tiny+a``, ``tiny+b``, ``small+a`` and ``small+b``, each compared with that in which the
+first entry stands in for its own on one axis: ``small+b`` with ``tiny+b``, and ``tiny+b`` with
+``tiny+a``. ``variants`` and ``against`` change and add to them.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -64,8 +71,23 @@ class Reference(Strict):
     setting: str
     definition: str = ""
     seeds: int = 1
-    # variant -> measure -> number, mean and deviation, or the source's words
+    # variant -> measure -> number, mean and deviation, or the source's words; of a profile,
+    # ``rank.layer``, a mapping from the layers
     rows: dict[str, dict[str, float | tuple[float, float] | str]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_layer(cls, value: Any) -> Any:
+        rows = value.get("rows") if isinstance(value, Mapping) else None
+        if not isinstance(rows, Mapping) or not all(isinstance(r, Mapping) for r in rows.values()):
+            return value
+        flat: dict[str, dict[str, Any]] = {variant: {} for variant in rows}
+        for variant, row in rows.items():
+            for measure, number in row.items():
+                layers = number if isinstance(number, Mapping) else {None: number}
+                for layer, x in layers.items():
+                    flat[variant][measure if layer is None else f"{measure}.{layer}"] = x
+        return {**value, "rows": flat}
 
 
 class Experiment(Strict):
@@ -81,6 +103,7 @@ class Experiment(Strict):
     probes: Probes = Field({})
     weights: Literal["last", "best"] = "last"  # of the runs, that are probed
     measures: tuple[str, ...] = ("accuracy",)
+    profiles: tuple[str, ...] = ()  # of measures by layer, what they have in common: rank.layer
     sweep: str | None = None
     pareto: str | None = None  # a measure, to be drawn against overhead
     against: dict[str, str] = Field({})  # variant -> what it is compared with; else the control
@@ -92,8 +115,13 @@ class Experiment(Strict):
 
         for choice in self.probes.values():
             run_probes.check(choice)
-        labels = (*self.probes, *(self.base.get("probes") or ()))
-        for measure in (*self.measures, *([self.pareto] if self.pareto else [])):
+        during = self.base.get("probes") or ()
+        for label in during:
+            if label in self.probes:
+                raise ValueError(f"probes.{label} is the label of one of base.probes: take another")
+        labels = (*self.probes, *during)
+        measures = (*self.measures, *self.profiles, *([self.pareto] if self.pareto else []))
+        for measure in measures:
             if measure.partition(".")[0] not in (*METRICS, *labels):
                 raise ValueError(unknown("measure", measure, (*METRICS, *labels)))
         for pair in self.against.items():
@@ -192,8 +220,34 @@ def load(
     document = merge(document, lookup("scale", scales, scale) or {})
     document["base"] = merge(document["base"], from_environment(os.environ))
     document = merge(document, changes or {})
+    if grid := document.pop("grid", None):
+        document |= _product(grid, document["variants"], document.get("against") or {}, path)
     title = path.stem.replace("_", " ")
     return _parse({"title": title, **document, "name": path.stem, "scale": scale}, path)
+
+
+def _product(
+    grid: Any, variants: Mapping[str, Any], against: Mapping[str, str], where: Path
+) -> dict[str, Any]:
+    """``variants`` and ``against`` of a grid; what is given for one of its variants comes last."""
+    if not isinstance(grid, list) or not all(isinstance(axis, Mapping) and axis for axis in grid):
+        raise ConfigError(
+            f"{where}: grid: expected a list of axes, {{label: changes, ...}}, got {grid!r}"
+        )
+    found: dict[str, dict[str, Any]] = {}
+    others: dict[str, str] = {}
+    for labels in itertools.product(*grid):
+        name, changes = "+".join(labels), {}
+        for axis, label in zip(grid, labels, strict=True):
+            changes = merge(changes, axis[label] or {})
+        found[name] = changes
+        firsts = [next(iter(axis)) for axis in grid]
+        for i, first in enumerate(firsts):
+            if labels[i] != first:
+                others[name] = "+".join([*labels[:i], first, *labels[i + 1 :]])
+                break
+    found |= {name: merge(found.get(name, {}), changes) for name, changes in variants.items()}
+    return {"variants": found, "against": {**others, **against}}
 
 
 def _parse(document: Mapping[str, Any], where: Path) -> Experiment:
