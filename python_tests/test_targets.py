@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from test_regularizer import Net, Operations, batch, recipe
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ses_kernels import SESRegularizer, Term, reference, schedules
+from ses_kernels import SESRegularizer, Term, pooling, reference, schedules
+from ses_kernels.layout import Layout
 
 transformers = pytest.importorskip("transformers")
 
@@ -116,6 +118,68 @@ def test_heads():
     assert reg.flat_entropies("H/")["H/blocks.1.attn:heads/2"] == reg.entropies[reg.layers[1]][2]
 
 
+def cka(heads):  # (N, heads, D) -> (heads, heads), by its definition
+    heads = (heads - heads.mean(0)).double().unbind(1)
+    norms = [torch.linalg.matrix_norm(a.mT @ a) for a in heads]
+    rows = [[torch.linalg.matrix_norm(a.mT @ b) ** 2 / (norms[i] * norms[j])
+             for j, b in enumerate(heads)] for i, a in enumerate(heads)]  # fmt: skip
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def test_head_similarity_is_the_spectrum_of_cka():
+    model = Vit()
+    reg, loss = run(model, images(), layers="head_similarity", beta=0.9, lambda_ses=1.0)
+    assert reg.layers == tuple(f"blocks.{i}.attn:similarity" for i in range(3))
+    expected = 0
+    for i, key in enumerate(reg.layers):
+        p = torch.linalg.eigvalsh(cka(model.blocks[i].attn.seen["heads"].mean(2))) / HEADS
+        h = -(p * p.log()).sum()
+        assert reg.entropies[key] == pytest.approx(h.item(), abs=1e-5)
+        expected = expected + (h - 0.9 * math.log(HEADS)) ** 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    weight = model.blocks[0].attn.qkv.weight
+    ours, theirs = (torch.autograd.grad(x, weight, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e15])
+def test_heads_that_say_the_same_and_heads_that_share_nothing(scale):
+    """A rotation of a head makes it no other one."""
+    rotation = torch.linalg.qr(torch.randn(4, 4))[0]
+    x = torch.randn(64, 4)
+    apart = torch.zeros(64, 4, 2)
+    for head in range(4):  # only its own samples differ
+        apart[16 * head : 16 * head + 8, head, 0] = 1.0
+        apart[16 * head + 8 : 16 * head + 16, head, 0] = -1.0
+    for heads, expected in ((torch.stack([x, x @ rotation], 1), 0.0), (apart, math.log(4))):
+        y = scale * heads.flatten(1)[:, None]  # (N, 1, heads D)
+        found = Layout(tuple(y.shape), 0, 2, 1, "")
+        matrix = pooling.head_similarities(y, heads.shape[1], found, None, "attn")
+        assert entropy(matrix) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_head_similarity_in_checkpointed_blocks(autocast):
+    """The gradient is that without checkpointing, in float32 under autocast too."""
+    model, x, gradients = Vit(), images(), []
+    for checkpointed in (False, True):
+        reg = SESRegularizer(model, layers="head_similarity", lambda_ses=1.0)
+        with torch.autocast("cpu", enabled=autocast):
+            tokens = model.patch(x).flatten(2).mT
+            for block in model.blocks:
+                tokens = (
+                    checkpoint(block, tokens, use_reentrant=False)
+                    if checkpointed
+                    else block(tokens)
+                )
+        loss = reg.loss()
+        assert loss.dtype == torch.float32
+        gradients.append(torch.autograd.grad(loss, model.blocks[0].attn.qkv.weight)[0])
+        reg.close()
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+
+
 def test_attention_weights_through_a_dropout():
     model = Vit()
     reg, _ = run(model, images(), layers="attention_weights")
@@ -187,7 +251,7 @@ def test_heads_of_torch_cannot_be_seen():
 
 
 def test_parts_that_a_model_lacks():
-    for target in ("attention", "heads", "attention_weights", "mlp"):
+    for target in ("attention", "heads", "head_similarity", "attention_weights", "mlp"):
         with pytest.raises(ValueError, match=f"layers='{target}': the blocks, blocks.2 the last"):
             SESRegularizer(Net(), layers=target)
 

@@ -88,6 +88,8 @@ class Layer:
             return pooling.weight_matrix(x, found, self.key)
         if self.kind == "heads":
             return pooling.head_matrices(x, self.heads, found, mask, self.key)
+        if self.kind == "similarity":
+            return pooling.head_similarities(x, self.heads, found, mask, self.key)
         return pooling.pool(x, self.pool, found, mask, self.key)
 
     def _layout(self, args, called, around, x: Tensor) -> layout.Layout:
@@ -135,7 +137,7 @@ class Layer:
 
     def _mask(self, found: layout.Layout, kwargs, called) -> tuple[str, Tensor | None]:
         """The name of the mask of padding that fits the tokens, and the mask (N, T)."""
-        averages = self.kind == "heads" or self.pool in ("mean", "masked")
+        averages = self.kind in ("heads", "similarity") or self.pool in ("mean", "masked")
         if self.kind == "weights" or not averages or len(self.shape) != 3 or found.windows > 1:
             return "", None
         (tokens,) = found.averaged

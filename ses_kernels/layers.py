@@ -14,7 +14,7 @@ from ses_kernels import blocks
 
 Layers = str | type | Callable[[str, nn.Module], bool] | Sequence | None
 
-TARGETS = ("blocks", "attention", "mlp", "heads", "attention_weights")
+TARGETS = ("blocks", "attention", "mlp", "heads", "head_similarity", "attention_weights")
 
 _POOLED = re.compile(r"(AdaptiveAvgPool\dd|SelectAdaptivePool2d|GlobalAvgPool(2d)?)$")
 # Names of the parts of a block in torch, torchvision, timm, transformers and the papers' code.
@@ -27,11 +27,13 @@ _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhe
 class Hook(NamedTuple):
     """What is measured at one module."""
 
-    key: str  # in entropies, beta and alpha: the name of the layer, ":heads" or ":weights" behind
+    # In entropies, beta and alpha: the name of the layer, ":heads", ":similarity" or ":weights"
+    # behind.
+    key: str
     name: str  # of the layer
     module: nn.Module  # the hook is on this one: the layer or a part of it
     takes: str = "output"  # "output" or "input" of that module
-    kind: str = "features"  # "features", "heads" or "weights"
+    kind: str = "features"  # "features", "heads", "similarity" or "weights"
     heads: int = 1
 
 
@@ -142,8 +144,10 @@ def _target(target: str | None, modules: dict[str, nn.Module]) -> list[Hook]:
         raise _no_part(target, found, modules)
     if target == "attention":
         return [Hook(name, name, modules[name]) for name in attention]
-    if target == "heads":
-        return [_heads(name, modules) for name in attention]
+    if target in ("heads", "head_similarity"):
+        kind = target.removeprefix("head_")
+        return [_heads(name, modules, target)._replace(key=f"{name}:{kind}", kind=kind)
+                for name in attention]  # fmt: skip
     return [_weights(name, modules) for name in attention]
 
 
@@ -196,12 +200,12 @@ def _mlp(block: str, attention: list[str], modules) -> str | None:
     return None
 
 
-def _heads(name: str, modules) -> Hook:
+def _heads(name: str, modules, target: str) -> Hook:
     """The input of the output projection: the heads side by side."""
     module = unwrap(modules[name])
     if isinstance(module, nn.MultiheadAttention):
         raise ValueError(
-            f'layers="heads": {name} is a torch.nn.MultiheadAttention, which never calls its '
+            f'layers="{target}": {name} is a torch.nn.MultiheadAttention, which never calls its '
             'out_proj as a module, so that its heads cannot be seen; use layers="attention", or an '
             "attention module with an output projection of its own"
         )
@@ -212,11 +216,11 @@ def _heads(name: str, modules) -> Hook:
     if heads is None or not linear:
         missing = f"number of heads (looked for {', '.join(_HEADS)})"
         raise ValueError(
-            f'layers="heads": {name}, a {type(module).__name__}, shows no '
+            f'layers="{target}": {name}, a {type(module).__name__}, shows no '
             f"{'output projection' if heads is not None else missing}; pass layers=, a name or "
             "glob of what puts out the heads, with pool="
         )
-    return Hook(f"{name}:heads", name, linear[-1], "input", "heads", heads)
+    return Hook(name, name, linear[-1], "input", heads=heads)
 
 
 def _weights(name: str, modules) -> Hook:

@@ -234,6 +234,23 @@ def head_matrices(x: Tensor, heads: int, layout: Layout, mask, layer: str) -> Te
     return pooled.unflatten(-1, (heads, -1)).movedim(1, 0)
 
 
+def head_similarities(x: Tensor, heads: int, layout: Layout, mask, layer: str) -> Tensor:
+    """(N, T, heads * D) before the output projection -> (N^2, heads).
+
+    A column is G_a = X_a X_a^T over its norm, as a vector, of the centred outputs (N, D) of head a.
+    Its mean is 0, and the Gram matrix of the columns is linear CKA (Kornblith et al., ICML 2019),
+    which no rotation of what a head puts out can change.
+    """
+    with _saving_its_own(), torch.autocast(x.device.type, enabled=False):
+        y = head_matrices(x, heads, layout, mask, layer)  # (heads, N, D)
+        y = y - y.mean(1, keepdim=True)
+        least = torch.finfo(y.dtype).tiny
+        # Over the largest: the squares of small numbers would be 0.
+        y = y / y.detach().abs().amax((1, 2), keepdim=True).clamp_min(least)
+        g = (y @ y.mT).flatten(1)  # (heads, N^2)
+        return (g / g.norm(dim=1, keepdim=True).clamp_min(least)).mT
+
+
 def weight_matrix(x: Tensor, layout: Layout, layer: str) -> Tensor:
     """Attention weights (N, heads, Tq, Tk) or (N, Tq, Tk) -> (N, heads * Tk), mean of queries."""
     y = _apply(_MeanOverPositions, x if x.dim() == 3 else x.flatten(0, 1))  # (N heads, Tk)

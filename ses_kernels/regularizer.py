@@ -94,7 +94,8 @@ class SESRegularizer:
         layers: ``"blocks"``: the repeated blocks of the model, found by its structure.
             ``"attention"``, ``"mlp"``: these parts of the blocks. ``"heads"``: every attention
             head before the output projection, each a matrix of its own; a layer counts as the mean
-            of its heads. ``"attention_weights"``: the weights of all heads, averaged over the
+            of its heads. ``"head_similarity"``: how alike the heads are, heads features (see
+            docs/shaping.md). ``"attention_weights"``: the weights of all heads, averaged over the
             queries, heads x keys features. Or a name, a glob (``"layer4.*"``, by :mod:`fnmatch`,
             where ``*`` crosses dots), a module type, a predicate ``(name, module) -> bool``, or a
             sequence of these. None: the blocks, and behind blocks without attention the pooled
@@ -434,7 +435,9 @@ class SESRegularizer:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of what is measured, in the model's order; of heads and weights with ":heads"."""
+        """Names of what is measured, in the model's order; ":heads", ":similarity" and ":weights"
+        behind those of the targets that are named so.
+        """
         return tuple(self._layers)
 
     @property
@@ -633,7 +636,8 @@ def _make_layers(
             pool = chosen["pool"]
             known = callable(pool) or pool in pooling.NAMES
             require(known, "pool", f"one of {pooling.NAMES} or a function", pool)
-            where = names[id(hook.module)] if hook.kind == "heads" else hook.name
+            of_heads = hook.kind in ("heads", "similarity")
+            where = names[id(hook.module)] if of_heads else hook.name
             chosen["is_decoder"] = _is_decoder(hook.name, modules)
             made.append(capture.Layer(hook, evidence.evidence(where, plain), chosen))
     order = {name: place for place, name in enumerate(modules)}
