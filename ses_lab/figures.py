@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ses_lab.experiments import Experiment
 from ses_lab.folder import RunFolder
-from ses_lab.results import Results, table
+from ses_lab.results import Results, probed, table
 from ses_lab.run_probes import layer_of
 
 
@@ -110,7 +110,11 @@ Histories = dict[str, np.ndarray]
 def _histories(results: Results) -> dict[str, Histories]:
     """What the runs kept of every epoch, under the label of its axis."""
     kinds = {"test_accuracy": ("accuracy on the test set, %", 100), "train_loss": ("loss", 1)}
-    rows = _rows(results)
+    rows = {
+        (config.method, config.seed): RunFolder(path).rows()
+        for path, config in results.experiment.runs(results.root).items()
+        if config.seed in results.runs[config.method]
+    }
     found: dict[str, Histories] = {}
     for key, (label, scale) in kinds.items():
         for variant, seeds in results.runs.items():
@@ -119,14 +123,6 @@ def _histories(results: Results) -> dict[str, Histories]:
                 continue
             found.setdefault(label, {})[variant] = scale * _padded(runs)
     return found
-
-
-def _rows(results: Results) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    return {
-        (config.method, config.seed): RunFolder(path).rows()
-        for path, config in results.experiment.runs(results.root).items()
-        if config.seed in results.runs[config.method]
-    }
 
 
 def _padded(runs: Sequence[Sequence[float]]) -> np.ndarray:
@@ -138,19 +134,23 @@ def _padded(runs: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _probed(results: Results) -> dict[str, Histories]:
     """Measures that were probed while the runs trained, NaN in the epochs between."""
-    rows = _rows(results)
-    found: dict[str, Histories] = {}
-    for measure in results.experiment.measures:
-        label, _, key = measure.partition(".")
-        for variant, seeds in results.runs.items():
-            runs = [
-                [row.get("probes", {}).get(label, {}).get(key) for row in rows[variant, seed]]
-                for seed in seeds
-            ]
-            if any(value is not None for run in runs for value in run):
-                values = _padded([[np.nan if v is None else v for v in run] for run in runs])
-                found.setdefault(measure, {})[variant] = values
-    return found
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for path, config in results.experiment.runs(results.root).items():
+        if not config.probes or config.seed not in results.runs[config.method]:
+            continue
+        epochs: list[dict[str, float]] = []
+        for row in RunFolder(path).rows():
+            epochs.append({})
+            for label, values in row.get("probes", {}).items():
+                epochs[-1] |= probed(label, config.probes[label], values)
+        for measure in results.experiment.measures:
+            if measure in epochs[-1]:
+                line = [numbers.get(measure, np.nan) for numbers in epochs]
+                found.setdefault(measure, {}).setdefault(config.method, []).append(line)
+    return {
+        measure: {variant: _padded(runs) for variant, runs in variants.items()}
+        for measure, variants in found.items()
+    }
 
 
 def _curves(found: Mapping[str, Histories]) -> Figure:

@@ -173,7 +173,7 @@ def _section(scales: Sequence[Results]) -> list[Block]:
         blocks.append(Paragraph("No published numbers at hand."))
     rows = []
     tables = {results.experiment.scale: table(results) for results in scales}
-    for variant in first.variants:
+    for variant in _variants(scales):
         for scale, cells in tables.items():
             mine = [cell for cell in cells if cell["variant"] == variant]
             n = max((cell["seeds"] for cell in mine), default=0)
@@ -193,14 +193,18 @@ def _section(scales: Sequence[Results]) -> list[Block]:
     return blocks
 
 
+def _variants(scales: Sequence[Results]) -> list[str]:
+    """Of all scales: a grid need not be the same in two of them."""
+    return list(dict.fromkeys(v for results in scales for v in results.experiment.variants))
+
+
 def _profile(scales: Sequence[Results], prefix: str) -> Table:
     """A row for each layer, ours and published numbers of every variant side by side."""
-    first = scales[0].experiment
     columns: dict[str, dict[str, str]] = {}
-    for variant in first.variants:
+    for variant in _variants(scales):
         for results in scales:
             of_seeds: dict[str, list[float]] = {}
-            for numbers in results.runs[variant].values():
+            for numbers in results.runs.get(variant, {}).values():
                 for measure, value in numbers.items():
                     if measure.startswith(f"{prefix}."):
                         of_seeds.setdefault(measure.removeprefix(f"{prefix}."), []).append(value)
@@ -208,7 +212,7 @@ def _profile(scales: Sequence[Results], prefix: str) -> Table:
                 layer: _spread(np.mean(x), np.std(x, ddof=1) if len(x) > 1 else None)
                 for layer, x in of_seeds.items()
             }
-        for number, reference in enumerate(first.reference, 1):
+        for number, reference in enumerate(scales[0].experiment.reference, 1):
             columns[f"{variant}, published [{number}]"] = {
                 measure.removeprefix(f"{prefix}."): _published(value)
                 for measure, value in reference.rows.get(variant, {}).items()

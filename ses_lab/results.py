@@ -63,11 +63,11 @@ def collect(root: Path, seeds: Sequence[int] = ()) -> Results:
                 value = rows[-1].get(f"test_{key}")
                 numbers |= {} if value is None else {key: 100 * value}
             numbers["gap"] = 100 * (rows[-1]["train_accuracy"] - accuracies[-1])
-        probed = run.read_json("probes.json")
+        kept = run.read_json("probes.json")
         for label, choice in experiment.probes.items():
-            numbers |= _probed(label, choice, probed.get(choice.slug, {}))
+            numbers |= probed(label, choice, kept.get(choice.slug, {}))
         for label, choice in config.probes.items():
-            numbers |= _probed(label, choice, rows[-1]["probes"][label])
+            numbers |= probed(label, choice, rows[-1]["probes"][label])
         control = runs[experiment.control].get(config.seed)
         if config.method != experiment.control and control:
             numbers["overhead"] = 100 * (numbers["seconds"] / control["seconds"] - 1)
@@ -75,7 +75,8 @@ def collect(root: Path, seeds: Sequence[int] = ()) -> Results:
     return Results(experiment, root, runs)
 
 
-def _probed(label: str, choice: Choice, found: Mapping[str, float | None]) -> dict[str, float]:
+def probed(label: str, choice: Choice, found: Mapping[str, float | None]) -> dict[str, float]:
+    """What a probe found, by measure and in its unit."""
     scale = 100 if choice.name in _SHARES else 1
     # None is what JSON has for a number that is not finite
     return {f"{label}.{k}": scale * (math.nan if v is None else v) for k, v in found.items()}

@@ -259,6 +259,17 @@ def test_a_grid_is_a_product(tmp_path):
             load(str(tmp_path / "own.yaml"), "full", {"grid": grid})
 
 
+def test_a_report_of_grids_that_differ(tmp_path):
+    document = {"base": {**TOY["base"], "epochs": 1}, "grid": [{"one": {}}, {"a": {}}],
+                "scales": {"smoke": {"grid": [{"one": {}}, {"b": {}}]}}}  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(document))
+    scales = [
+        collect(run(str(tmp_path / "own.yaml"), scale, tmp_path)) for scale in ("full", "smoke")
+    ]
+    (shown,) = (b.rows for b in report._section(scales) if isinstance(b, report.Table))
+    assert [row[:2] for row in shown] == [("one+a", "full, n = 1"), ("one+b", "smoke, n = 1")]
+
+
 # ---- running ----
 
 
@@ -357,6 +368,10 @@ def test_probes_of_the_epochs(tmp_path):
     assert numbers["pgd.robust"] == 100 * rows[1][-1]["probes"]["pgd"]["robust"]  # in percent
     panels = figures.draw(results)["probes"].axes
     assert [panel.get_ylabel() for panel in panels] == ["dead.share", "pgd.robust"]
+    np.testing.assert_allclose(
+        panels[1].lines[1].get_ydata()[-1],
+        np.mean([results.runs["ses"][seed]["pgd.robust"] for seed in (0, 1)]),
+    )
     line = panels[0].lines[1]
     means = [np.mean([r[epoch]["probes"]["dead"]["share"] for r in rows]) for epoch in (1, 2)]
     assert (list(line.get_xdata()), line.get_label()) == ([2, 3], "ses")

@@ -70,6 +70,8 @@ def test_the_terms_of_the_documentation():
             "blocks.1": schedules.linear(0.9, 0.3, 500),
             "blocks.0.attn:heads": 0.6,
             "blocks.1.attn:heads": 0.5,
+            "blocks.0.attn:similarity": 0.95,
+            "blocks.1.attn:similarity": 0.95,
             "blocks.0.attn:weights": 0.2,
             "blocks.1.attn:weights": 0.2,
         }
