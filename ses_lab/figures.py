@@ -157,7 +157,7 @@ def _curves(found: Mapping[str, Histories]) -> Figure:
     """Mean over the seeds of each variant against epochs, their range shaded."""
     columns = min(len(found), _ABREAST)
     lines = -(-len(found) // columns)
-    figure = Figure(figsize=(5 * columns, 3.5 * lines), layout="constrained")
+    figure = Figure(figsize=(min(5 * columns, 14), 3.5 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     panels = grid[: len(found)]
     for panel in grid[len(found) :]:
