@@ -16,7 +16,7 @@ mnist: $(VENV)/demo.stamp  ## the penalty on MNIST, three seeds; goes on where i
 	$(BIN)/python examples/mnist.py --output mnist
 
 # Two at a time, one thread each. A dumb terminal: two progress bars would overwrite each other.
-lab: $(VENV)/lab.stamp  ## three small studies and experiments/report/report.md
+lab: $(VENV)/lab.stamp  ## three small studies and experiments/report/report.html
 	printf '%s\n' weight_spectra distillation dynamics | \
 		OMP_NUM_THREADS=1 TERM=dumb xargs -P 2 -n 1 $(BIN)/ses-lab run
 	$(BIN)/ses-lab report

@@ -248,7 +248,7 @@ def report(
     """Tables and figures of the runs in a folder, published numbers beside them."""
     from ses_lab import report as reporting
 
-    print(reporting.write(folder, parse_seeds(seeds)))
+    print(reporting.write(folder, parse_seeds(seeds)).with_suffix(".html"))
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from ses_lab import build, spectra
 from ses_lab.config import RunConfig
 from ses_lab.engine import Ranks, Training, peak_memory, ranks
 from ses_lab.folder import RunFolder, atomic, write_json
-from ses_lab.sinks import SINKS, Sink
+from ses_lab.sinks import Sink, connect
 
 
 class DivergedError(FloatingPointError):
@@ -48,7 +48,8 @@ def run(config: RunConfig, folder: str | os.PathLike, sinks: Sequence[Sink] = ()
         sinks: told of every step and every epoch, in rank 0, like those of ``config.sinks``.
 
     Raises:
-        ConfigError: the configuration does not fit its data and model; the folder stays free.
+        ConfigError: the configuration does not fit its data and model, or a sink is not there; the
+            folder stays free.
         FolderInUseError, OtherRunError: see :meth:`RunFolder.claim`.
         DivergedError: the loss is no longer finite. Like any other error it leaves the state
             "failed", and a later start goes on from the last checkpoint.
@@ -61,6 +62,7 @@ def run(config: RunConfig, folder: str | os.PathLike, sinks: Sequence[Sink] = ()
         refused: Exception | None = None
         if here.main:
             try:
+                ours = connect(config.sinks) if training is not None else []
                 stack.enter_context(folder.claim(config))
             except Exception as error:
                 refused = error
@@ -69,7 +71,6 @@ def run(config: RunConfig, folder: str | os.PathLike, sinks: Sequence[Sink] = ()
         if here.share(folder.finished()):
             return folder.rows()[-1]
         try:
-            ours = [SINKS[choice.name](**choice.params) for choice in config.sinks]
             return _train(training, folder, here, [*ours, *sinks] if here.main else ())
         except BaseException as error:
             if here.main:

@@ -112,7 +112,7 @@ def test_experiments_and_report_are_handed_over(monkeypatch, tmp_path):
     assert isinstance(progress, Progress)
     changes = {"base.epochs": 3, "seeds": [0, 1]}
     assert options == {"scale": "full", "out": tmp_path, "changes": changes, "variants": ["ses"]}
-    assert "report-[0, 3].md" in call("report", tmp_path, "--seeds", "0,3").replace("\n", "")
+    assert "report-[0, 3].html" in call("report", tmp_path, "--seeds", "0,3").replace("\n", "")
 
 
 @pytest.mark.parametrize(
@@ -255,40 +255,3 @@ def test_flags():
     }
     with pytest.raises(ConfigError):
         parse_flags(["a"])
-
-
-# ---- sinks ----
-
-
-def test_sinks(tmp_path):
-    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    mlflow = pytest.importorskip("mlflow")
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    document = {**cli.configuration.parse_yaml(YAML), "regularizer": {"ses": {}}}
-    document |= {"sinks": ["tensorboard", {"name": "mlflow", "uri": uri}]}
-    path = tmp_path / "run"
-
-    class Stop:  # after the first epoch
-        def start(self, *arguments): ...
-        def advance(self, samples): ...
-        def close(self, finished): ...
-        def log(self, row):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        training.run(RunConfig.parse(document), path, [Stop()])
-    training.run(RunConfig.parse(document), path)
-    rows = RunFolder(path).rows()
-    events = tensorboard.EventAccumulator(str(path / "tensorboard")).Reload()
-    client = mlflow.MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("ses_lab").experiment_id])
-    assert run.info.status == "FINISHED"
-    assert run.data.params["seed"] == "0"
-    for name in ("test_loss", "entropy/blocks.0"):
-        key, _, layer = name.partition("/")
-        expected = [row[key][layer] if layer else row[key] for row in rows]
-        assert [e.value for e in events.Scalars(name)] == pytest.approx(expected)
-        history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda m: m.step)
-        assert [(m.step, m.value) for m in history] == [
-            (row["step"], value) for row, value in zip(rows, expected, strict=True)
-        ]
