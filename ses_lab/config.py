@@ -176,6 +176,16 @@ class RunConfig(Strict):
             self.dataset.slug, self.method or self._method(), self.model.slug, f"{self.seed}"
         )
 
+    @property
+    def objective(self) -> str:
+        """What the training loss is: ``cross_entropy``, ``simclr``, ``focal-gamma=3 + kd``."""
+        regime, labels = self.regime, self.loss.slug
+        named = {"mim": lambda: "hidden pixels", "multitask": lambda: f"{labels} + hidden pixels",
+                 "adversarial": lambda: f"{labels} under {regime.attack}",
+                 "distill": lambda: f"{labels} + {regime.distiller.slug}",
+                 "two_views": lambda: regime.objective.slug}  # fmt: skip
+        return named.get(regime.name, lambda: labels)()
+
     def _method(self) -> str:
         regime = self.regime
         detail = {"distill": lambda: regime.distiller.slug, "adversarial": lambda: regime.attack,

@@ -73,10 +73,14 @@ def _html(block: Block) -> str:
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Picture):
         data = base64.b64encode(block.png).decode()
-        return f'<img alt="{escape(block.title)}" src="data:image/png;base64,{data}">'
+        image = f'<img alt="" src="data:image/png;base64,{data}">'
+        return (
+            f'<figure class="wide">{image}<figcaption>{escape(block.title)}</figcaption></figure>'
+        )
     head = "".join(f"<th>{escape(cell)}</th>" for cell in block.head)
     rows = "\n".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in block.rows
+        f"<tr>{''.join(f'<td{_LONG * (len(cell) > 40)}>{escape(cell)}</td>' for cell in row)}</tr>"
+        for row in block.rows
     )
     return (
         f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n'
@@ -84,13 +88,22 @@ def _html(block: Block) -> str:
     )
 
 
+_LONG = ' class="long"'  # is broken into lines; other cells stay in one
+
+# On a narrow screen the wide scroll by themselves, with the first column in sight.
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
-.wide { overflow-x: auto; }
+p { overflow-wrap: anywhere; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+img { max-width: 100%; height: auto; display: block; }
+@media (max-width: 45rem) { img { max-width: none; width: 56rem; } }
+figcaption { font-size: 13px; position: sticky; left: 0; width: fit-content; }
 table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: 0.25rem 0.6rem; text-align: left; border-bottom: 1px solid #ddd; }
-th { cursor: pointer; border-bottom: 2px solid #888; white-space: nowrap; }
+th, td { white-space: nowrap; vertical-align: top; }
+th:first-child, td:first-child { position: sticky; left: 0; background: white; }
+td.long { white-space: normal; min-width: 24rem; }
+th { cursor: pointer; border-bottom: 2px solid #888; }
 th[aria-sort=ascending]::after { content: " \\25B2"; }
 th[aria-sort=descending]::after { content: " \\25BC"; }
 """

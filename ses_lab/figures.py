@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import zip_longest
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
+from ses_lab import curves
+from ses_lab.curves import padded, style
 from ses_lab.experiments import Experiment
 from ses_lab.folder import RunFolder
-from ses_lab.results import Results, probed, table
-from ses_lab.run_probes import layer_of
+from ses_lab.results import Results, probed, table, units
 
 
 def draw(results: Results) -> dict[str, Figure]:
@@ -21,16 +23,16 @@ def draw(results: Results) -> dict[str, Figure]:
     """
     experiment = results.experiment
     drawn = {"measures": _measures(results)}
-    if curves := _histories(results):
-        drawn["curves"] = _curves(curves)
-    if curves := _probed(results):
-        drawn["probes"] = _curves(curves)
+    if found := _histories(results):
+        drawn["curves"] = _curves(experiment, found)
+    if found := _probed(results):
+        drawn["probes"] = _curves(experiment, found)
     if names := _corruptions(results):
         drawn["corruption"] = _bars(results, names)
     if "entropy" in experiment.probes:
-        drawn["dynamics"] = _by_layer(results, "entropy.distance", _ENTROPIES)
+        drawn["dynamics"] = _by_layer(results, "entropy.distance", ["entropy"])
     if "rank" in experiment.probes:
-        drawn["ranks"] = _by_layer(results, "rank.ratio", _RANKS)
+        drawn["ranks"] = _by_layer(results, "rank.ratio", ["rank", "rank_ratio"])
     if experiment.pareto:
         drawn["pareto"] = _pareto(results)
     return drawn
@@ -59,27 +61,26 @@ def _points(results: Results) -> list[tuple[str, Points]]:
     return [(label, points) for label, points in rows if points]
 
 
-_ABREAST = 4  # panels: wider than a screen is read by no one
-
-
 def _measures(results: Results) -> Figure:
-    """A panel for each measure, of ours and then of each source, in rows of four at most."""
-    measures = results.experiment.measures
+    """A panel for each measure, of ours and then of each source, a source in rows of its own."""
+    experiment, unit, abreast = results.experiment, units(results.experiment), curves.ABREAST
     rows: list[list[tuple[str, str, Points]]] = []
     for label, points in _points(results):
-        shown = [(label, measure, points) for measure in measures if measure in points]
-        rows += [shown[i : i + _ABREAST] for i in range(0, len(shown), _ABREAST)]
+        shown = [(label, measure, points) for measure in experiment.measures if measure in points]
+        rows += [shown[i : i + abreast] for i in range(0, len(shown), abreast)]
     columns = max(map(len, rows), default=1)
-    figure = Figure(figsize=(3 * columns, 2.8 * max(1, len(rows))), layout="constrained")
-    panels = figure.subplots(max(1, len(rows)), columns, squeeze=False)
-    for panel in panels.flat:
-        panel.set_axis_off()
-    for line, row in zip(panels, rows, strict=False):
-        for panel, (label, measure, points) in zip(line, row, strict=False):
-            panel.set_axis_on()
-            _draw(results.experiment, panel, points[measure])
+    figure, panels = curves.grid(columns * len(rows), columns)
+    for line, row in enumerate(rows):
+        for panel, found in zip_longest(panels[line * columns : (line + 1) * columns], row):
+            if found is None:
+                panel.remove()
+                continue
+            label, measure, points = found
+            _draw(experiment, panel, points[measure])
             panel.set_title(f"{measure}, {label}", fontsize="small")
+            panel.set_ylabel(unit[measure], fontsize="x-small")
             panel.tick_params(labelsize="x-small")
+    _legend(figure)
     return figure
 
 
@@ -96,45 +97,48 @@ def _draw(experiment: Experiment, panel: Axes, points: Mapping[str, tuple[float,
     panel.set_xlabel(experiment.sweep.rpartition(".")[2], fontsize="x-small")
     if min(swept.values()) > 0 and max(swept.values()) >= 10 * min(swept.values()):
         panel.set_xscale("log")
+        panel.set_xticks([*swept.values()], [f"{x:g}" for x in swept.values()])
+        panel.xaxis.set_minor_locator(NullLocator())
     if experiment.control in points:
         mean, error = points[experiment.control]
         panel.axhline(mean, color="grey", linestyle="--", label=experiment.control)
         panel.axhspan(mean - error, mean + error, color="grey", alpha=0.2, linewidth=0)
-        panel.legend(fontsize="x-small")
 
 
-# variant -> (seeds, epochs), NaN where a run ended before
+# variant -> (seeds, epochs), NaN where there is no number
 Histories = dict[str, np.ndarray]
 
 
 def _histories(results: Results) -> dict[str, Histories]:
-    """What the runs kept of every epoch, under the label of its axis."""
-    kinds = {"test_accuracy": ("accuracy on the test set, %", 100), "train_loss": ("loss", 1)}
+    """What the runs kept of every epoch, under the label of its axis: one function an axis."""
+    configs = results.experiment.runs(results.root)
+    objectives = {config.method: config.objective for config in configs.values()}
     rows = {
         (config.method, config.seed): RunFolder(path).rows()
-        for path, config in results.experiment.runs(results.root).items()
+        for path, config in configs.items()
         if config.seed in results.runs[config.method]
     }
     found: dict[str, Histories] = {}
-    for key, (label, scale) in kinds.items():
+    for key, scale in (("test_accuracy", 100), ("train_accuracy", 100), ("test_loss", 1),
+                       ("train_loss", 1)):  # fmt: skip
         for variant, seeds in results.runs.items():
             runs = [[row.get(key) for row in rows[variant, seed]] for seed in seeds]
             if not runs or any(value is None for run in runs for value in run):
                 continue
-            found.setdefault(label, {})[variant] = scale * _padded(runs)
+            objective = objectives[variant]
+            first = rows[variant, next(iter(seeds))][0]
+            label = {"test_accuracy": "accuracy on the test set, %",
+                     "train_accuracy": "accuracy in training, %",
+                     "test_loss": curves.held_out_loss(first, objective),
+                     "train_loss": f"training loss: {objective}"}[key]  # fmt: skip
+            found.setdefault(label, {})[variant] = scale * padded(runs)
     return found
-
-
-def _padded(runs: Sequence[Sequence[float]]) -> np.ndarray:
-    values = np.full((len(runs), max(map(len, runs))), np.nan)
-    for line, run in zip(values, runs, strict=True):
-        line[: len(run)] = run
-    return values
 
 
 def _probed(results: Results) -> dict[str, Histories]:
     """Measures that were probed while the runs trained, NaN in the epochs between."""
     found: dict[str, dict[str, list[list[float]]]] = {}
+    unit = units(results.experiment)
     for path, config in results.experiment.runs(results.root).items():
         if not config.probes or config.seed not in results.runs[config.method]:
             continue
@@ -146,36 +150,38 @@ def _probed(results: Results) -> dict[str, Histories]:
         for measure in results.experiment.measures:
             if measure in epochs[-1]:
                 line = [numbers.get(measure, np.nan) for numbers in epochs]
-                found.setdefault(measure, {}).setdefault(config.method, []).append(line)
+                label = f"{measure}, {unit[measure]}" if unit[measure] else measure
+                found.setdefault(label, {}).setdefault(config.method, []).append(line)
     return {
-        measure: {variant: _padded(runs) for variant, runs in variants.items()}
-        for measure, variants in found.items()
+        label: {variant: padded(runs) for variant, runs in variants.items()}
+        for label, variants in found.items()
     }
 
 
-def _curves(found: Mapping[str, Histories]) -> Figure:
+def _curves(experiment: Experiment, found: Mapping[str, Histories]) -> Figure:
     """Mean over the seeds of each variant against epochs, their range shaded."""
-    columns = min(len(found), _ABREAST)
-    lines = -(-len(found) // columns)
-    figure = Figure(figsize=(min(5 * columns, 14), 3.5 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    panels = grid[: len(found)]
-    for panel in grid[len(found) :]:
-        panel.set_axis_off()
+    styles = {variant: style(i) for i, variant in enumerate(experiment.variants)}
+    figure, panels = curves.grid(len(found))
     for panel, (label, histories) in zip(panels, found.items(), strict=True):
-        for i, (variant, values) in enumerate(histories.items()):
-            color = f"C{i % 10}"
-            epochs = np.flatnonzero(~np.isnan(values).all(0))  # those in which there was a number
-            values, epochs = values[:, epochs], epochs + 1
-            panel.plot(epochs, np.nanmean(values, 0), color=color, label=variant)
-            low, high = np.nanmin(values, 0), np.nanmax(values, 0)
-            panel.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-        every = np.concatenate([values.ravel() for values in histories.values()])
-        if label == "loss" and 0 < np.nanmin(every) < np.nanmax(every) / 20:
-            panel.set_yscale("log")  # or the first epoch is all that is seen
-        panel.set(xlabel="epoch", ylabel=label)
-    panels[0].legend(fontsize="x-small")
+        curves.draw(panel, histories, styles, logarithmic="loss" in label)
+        panel.set_title(label, fontsize="small")
+        panel.tick_params(labelsize="x-small")
+    _legend(figure)
     return figure
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels, under them: in one of them it would hide what it explains."""
+    entries = {}
+    for panel in figure.axes:
+        handles, labels = panel.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if not entries:
+        return
+    abreast = max(1, int(12 * figure.get_figwidth() / (10 + max(map(len, entries)))))
+    lines = -(-len(entries) // abreast)
+    figure.legend(entries.values(), entries, loc="outside lower center", fontsize="small",
+                  ncols=-(-len(entries) // lines))  # fmt: skip
 
 
 def _corruptions(results: Results) -> list[str]:
@@ -190,17 +196,19 @@ def _corruptions(results: Results) -> list[str]:
 def _bars(results: Results, names: Sequence[str]) -> Figure:
     """Accuracy under each corruption, a bar for each variant, deviations over the seeds."""
     variants = [variant for variant, runs in results.runs.items() if runs]
-    figure = Figure(figsize=(min(12, 2 + 1.5 * len(names)), 3.5), layout="constrained")
-    panel, width = figure.subplots(), 0.8 / len(variants)
+    figure, (panel,) = curves.grid(1, height=3.5)
+    figure.set_figwidth(min(curves.WIDTH, 2 + 1.5 * len(names)))
+    width = 0.8 / len(variants)
     for i, variant in enumerate(variants):
         values = [[*results.values(variant, f"corruption.{name}").values()] for name in names]
         means = [np.mean(v) if v else np.nan for v in values]
         errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
         places = np.arange(len(names)) + (i - (len(variants) - 1) / 2) * width
-        panel.bar(places, means, width, yerr=errors, capsize=2, label=variant)
-    panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        color = style([*results.runs].index(variant))["color"]
+        panel.bar(places, means, width, yerr=errors, capsize=2, label=variant, color=color)
+    panel.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
     panel.set(ylabel="accuracy, %")
-    panel.legend(fontsize="x-small", ncols=2)
+    _legend(figure)
     return figure
 
 
@@ -212,30 +220,23 @@ def _pareto(results: Results) -> Figure:
         for label, points in _points(results)
         if {experiment.pareto, "overhead"} <= points.keys()
     ]
-    figure = Figure(figsize=(4.5 * max(1, len(rows)), 3.5), layout="constrained")
-    panels = figure.subplots(1, max(1, len(rows)), squeeze=False)[0]
-    for panel, (label, points) in zip(panels, rows, strict=False):
+    unit = units(experiment)[experiment.pareto]
+    figure, panels = curves.grid(len(rows), height=3.5)
+    for panel, (label, points) in zip(panels, rows, strict=True):
         costs = {experiment.control: (0.0, 0.0), **points["overhead"]}
-        for variant, (y, y_error) in points[experiment.pareto].items():
-            if variant in costs:
-                x, x_error = costs[variant]
-                panel.errorbar(x, y, y_error, x_error, marker="o", capsize=3, label=variant)
-        panel.set(xlabel="time added to training steps, %", ylabel=experiment.pareto, title=label)
-        panel.legend(fontsize="x-small")
+        for i, variant in enumerate(experiment.variants):
+            if variant in costs and variant in points[experiment.pareto]:
+                (x, x_error), (y, y_error) = costs[variant], points[experiment.pareto][variant]
+                panel.errorbar(x, y, y_error, x_error, fmt="o", capsize=3, label=variant,
+                               color=style(i)["color"])  # fmt: skip
+        panel.set_xlabel("time added to training steps, %")
+        panel.set_ylabel(f"{experiment.pareto}, {unit}" if unit else experiment.pareto)
+        panel.set_title(label, fontsize="small")
+    _legend(figure)
     return figure
 
 
-# Key of a row of metrics -> label of its axis, and what a layer of that row should be at.
-_ENTROPIES = {
-    "entropy": ("spectral entropy, nats", lambda row, layer: row["target"][layer_of(layer)])
-}
-_RANKS = {
-    "rank": ("effective rank", lambda row, layer: row["rank"][layer] / row["rank_ratio"][layer]),
-    "rank_ratio": ("effective rank / d^beta", lambda row, layer: 1.0),
-}
-
-
-def _by_layer(results: Results, measure: str, kinds: Mapping[str, tuple[str, Any]]) -> Figure:
+def _by_layer(results: Results, measure: str, kinds: Sequence[str]) -> Figure:
     """Every hooked layer against epochs, its range over seeds shaded; dashed: target.
 
     Variants whose runs have ``measure`` abreast, four at most; below each a panel for every kind.
@@ -244,30 +245,22 @@ def _by_layer(results: Results, measure: str, kinds: Mapping[str, tuple[str, Any
     paths = {(config.method, config.seed): path for path, config in configs.items()}
     probed = {v: [*results.values(v, measure)] for v in results.runs}
     variants = [variant for variant, seeds in probed.items() if seeds]
-    columns = max(1, min(len(variants), _ABREAST))
-    lines = max(1, -(-len(variants) // columns)) * len(kinds)
-    figure = Figure(figsize=(5 * columns, 4 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for panel in grid.flat:
-        panel.set_axis_off()
+    columns = max(1, min(len(variants), curves.ABREAST))
+    lines = -(-len(variants) // columns) * len(kinds)
+    figure, panels = curves.grid(columns * lines, columns, height=3.2)
     for i, variant in enumerate(variants):
         runs = [RunFolder(paths[variant, seed]).rows() for seed in probed[variant]]
-        for k, (key, (label, goal)) in enumerate(kinds.items()):
-            panel = grid[i // columns * len(kinds) + k, i % columns]
+        for k, key in enumerate(kinds):
+            panel = panels[(i // columns * len(kinds) + k) * columns + i % columns]
             if i:
-                panel.sharey(grid[k, 0])
-            panel.set_axis_on()
-            _draw_layers(panel, runs, key, goal)
-            panel.set(title=variant, xlabel="epoch", ylabel=label)
-            panel.legend(fontsize="x-small", ncols=2)  # layers of their own, where models differ
+                panel.sharey(panels[k * columns])
+            layers = curves.draw_layers(panel, runs, key)
+            panel.set_title(variant, fontsize="small")
+            panel.tick_params(labelsize="x-small")
+        # Layers of their own, where models differ; under the panel, which is narrow.
+        panel.legend(handles=layers, loc="upper center", bbox_to_anchor=(0.5, -0.22),
+                     fontsize="x-small", ncols=2)  # fmt: skip
+    for panel in panels:
+        if not panel.lines:
+            panel.remove()
     return figure
-
-
-def _draw_layers(panel: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], key: str, goal) -> None:
-    for i, layer in enumerate(runs[0][-1][key]):
-        values = np.array([[row[key][layer] for row in rows] for rows in runs])
-        epochs, color = range(1, values.shape[1] + 1), f"C{i % 10}"
-        panel.plot(epochs, values.mean(0), color=color, label=layer)
-        panel.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.2)
-        targets = [goal(row, layer) for row in runs[0]]
-        panel.plot(epochs, targets, color=color, linestyle="--", linewidth=1)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ses_lab import document, experiments, figures
 from ses_lab.config import ConfigError
+from ses_lab.curves import DPI
 from ses_lab.document import Block, Heading, Paragraph, Picture, Table
 from ses_lab.folder import atomic
 from ses_lab.predictions import findings
@@ -238,7 +239,7 @@ def _pictures(results: Results) -> list[Block]:
     experiment, found = results.experiment, []
     for kind, figure in figures.draw(results).items():
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=110)
+        figure.savefig(stream, format="png", dpi=DPI)
         file = f"{experiment.name}-{experiment.scale}-{kind}.png"
         found.append(Picture(f"{kind}, scale {experiment.scale}", file, stream.getvalue()))
     return found

@@ -82,6 +82,23 @@ def probed(label: str, choice: Choice, found: Mapping[str, float | None]) -> dic
     return {f"{label}.{k}": scale * (math.nan if v is None else v) for k, v in found.items()}
 
 
+def units(experiment: Experiment) -> dict[str, str]:
+    """Measure -> ``%``, ``s``, ``MiB``, ``nats``, or nothing for a pure number."""
+    found, names = {}, {label: probe.name for label, probe in experiment.probes.items()}
+    for config in experiment.runs(Path()).values():
+        names |= {label: probe.name for label, probe in config.probes.items()}
+    for measure in {*experiment.measures, experiment.pareto} - {None}:
+        label, _, key = measure.partition(".")
+        if label not in names:
+            found[measure] = {"seconds": "s", "memory": "MiB"}.get(label, "%")
+        elif names[label] in _SHARES:
+            found[measure] = "%"
+        else:
+            entropies = names[label] == "entropy" or key.startswith("entropy")
+            found[measure] = "nats" if entropies else ""
+    return found
+
+
 class Contrast(NamedTuple):
     """One variant less another; None where there is nothing to say."""
 

@@ -24,11 +24,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 import ses_kernels
 from ses_lab import build, spectra
 from ses_lab.config import RunConfig
+from ses_lab.curves import DPI, curves
 from ses_lab.engine import Ranks, Training, peak_memory, ranks
 from ses_lab.folder import RunFolder, atomic, write_json
 from ses_lab.sinks import Sink, connect
@@ -160,9 +160,9 @@ def _train(
             for sink in sinks:
                 sink.log(row)
     if here.main:
-        figure = curves(rows)
+        figure = curves(rows, config.objective)
         with atomic(folder / "curves.png") as file:
-            figure.savefig(file, format="png", dpi=120)
+            figure.savefig(file, format="png", dpi=DPI)
         folder.write_status(state="finished")
     return here.share(rows[-1])
 
@@ -198,38 +198,3 @@ def _commit(
     folder.save("checkpoint.pt", {**training.state_dict(), "epoch": epoch, "best": best})
     memory = max(folder.status().get("peak_memory", 0), peak_memory(training.ranks.device))
     folder.write_status(epoch=epoch, best=best, last=row, peak_memory=memory)
-
-
-def curves(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Losses, and what else was taken: accuracy, entropies, effective ranks; against epochs.
-
-    The loss that is minimised has a panel of its own: the others need not be the same function.
-    """
-    names = [name for name in rows[0] if name.endswith(("_loss", "_accuracy"))]
-    kinds = {
-        "training loss": [name for name in names if name == "train_loss"],
-        "loss": [name for name in names if name in ("test_loss", "val_loss")],
-        "accuracy": [name for name in names if name.endswith("_accuracy")],
-    }
-    drawn: dict[str, dict[str, list[float]]] = {
-        kind: {name.split("_")[0]: [row[name] for row in rows] for name in found}
-        for kind, found in kinds.items()
-        if found
-    }
-    kinds = {"entropy": "spectral entropy, nats", "rank": "effective rank",
-             "rank_ratio": "effective rank / d^beta"}  # fmt: skip
-    for key, kind in kinds.items():
-        if layers := sorted({layer for row in rows for layer in row.get(key, {})}):
-            drawn[kind] = {
-                layer: [row.get(key, {}).get(layer, math.nan) for row in rows] for layer in layers
-            }
-    count, epochs = len(drawn), [row["epoch"] for row in rows]
-    figure = Figure(figsize=(4 * count, 3))  # a layout engine would draw everything twice
-    figure.subplots_adjust(0.2 / count, 0.18, 1 - 0.05 / count, 0.95, 0.3)
-    for panel, (kind, lines) in zip(figure.subplots(1, count, squeeze=False)[0], drawn.items(),
-                                    strict=True):  # fmt: skip
-        for label, values in lines.items():
-            panel.plot(epochs, values, label=label)
-        panel.set(xlabel="epoch", ylabel=kind)
-        panel.legend(fontsize="x-small")
-    return figure

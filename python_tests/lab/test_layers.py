@@ -11,9 +11,9 @@ LAYERS = ["names", "values", "options", "networks", "models", "data.dataset",
           "data.__main__", "losses", "metrics", "randaugment", "augment", "optim", "distill",
           "twoviews", "probes.common", "probes.attacks", "probes.corruption", "probes.geometry",
           "probes.representation", "probes", "weights", "spectra", "sinks", "rank", "shaping",
-          "config", "folder", "regimes", "build", "engine", "training", "run_probes", "measure",
-          "experiments", "catalogue", "results", "predictions", "figures", "document", "report",
-          "launch", "cli", "__main__"]  # fmt: skip
+          "config", "folder", "regimes", "build", "engine", "curves", "training", "run_probes",
+          "measure", "experiments", "catalogue", "results", "predictions", "figures", "document",
+          "report", "launch", "cli", "__main__"]  # fmt: skip
 
 
 def imports_of(path):

@@ -7,7 +7,17 @@ import torch
 import yaml
 
 from ses_kernels import effective_rank
-from ses_lab import build, engine, experiments, figures, models, report, run_probes, training
+from ses_lab import (
+    build,
+    curves,
+    engine,
+    experiments,
+    figures,
+    models,
+    report,
+    run_probes,
+    training,
+)
 from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.folder import RunFolder
 from ses_lab.results import collect
@@ -101,13 +111,13 @@ def test_a_study_of_ranks(tmp_path, monkeypatch):
     labels = [panel.get_ylabel() for panel in drawn.axes]
     assert labels == 2 * ["effective rank"] + 2 * ["effective rank / d^beta"]
     assert drawn.axes[0].get_ylim() == drawn.axes[1].get_ylim()
-    monkeypatch.setattr(figures, "_ABREAST", 1)
+    monkeypatch.setattr(curves, "ABREAST", 1)
     (column,) = {panel.get_subplotspec().colspan for panel in figures.draw(results)["ranks"].axes}
     assert column == range(1)
-    line, target = drawn.axes[0].lines[:2]
+    line, target = (drawn.axes[0].lines[i] for i in (0, len(rows[0]["rank"])))
     assert line.get_ydata() == pytest.approx([row["rank"]["blocks.0"] for row in rows])
     assert target.get_ydata() == pytest.approx([12**0.5] * 2)
-    labels = [panel.get_ylabel() for panel in training.curves(rows).axes]
+    labels = [panel.get_ylabel() for panel in curves.curves(rows, "cross_entropy").axes]
     assert labels[-2:] == ["effective rank", "effective rank / d^beta"]
     RunFolder(paths["fixed"]).cut(0)
     with pytest.raises(ConfigError, match=r"probe rank: .* has no rank_samples"):

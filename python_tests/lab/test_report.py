@@ -2,8 +2,10 @@
 
 import base64
 import csv
+import html
 import json
 import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -14,8 +16,8 @@ import pytest
 import yaml
 from scipy import stats
 
-from ses_lab import document, experiments, figures, report
-from ses_lab.config import ConfigError
+from ses_lab import curves, document, experiments, figures, report
+from ses_lab.config import Choice, ConfigError
 from ses_lab.folder import RunFolder, write_json
 from ses_lab.predictions import findings
 from ses_lab.results import (
@@ -26,6 +28,7 @@ from ses_lab.results import (
     holm,
     over_studies,
     table,
+    units,
 )
 
 DOCUMENT = {
@@ -80,6 +83,11 @@ def folder(tmp_path_factory):
             write_json(run / "status.json", {"state": "finished"})
     experiments._save(experiment, root)
     return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def drawn(folder):
+    return figures.draw(collect(folder / "periodic" / "smoke"))
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +161,7 @@ def test_files_say_the_same(folder, written):
     assert rows[0]["published"] == "74.31 ± 0.26"
 
 
-def test_figures_show_what_was_measured(folder, written):
-    results = collect(folder / "periodic" / "smoke")
-    drawn = figures.draw(results)
+def test_figures_show_what_was_measured(drawn, written):
     assert drawn.keys() == {"measures", "curves", "pareto"}
     panels = [p for p in drawn["measures"].axes if p.get_title().startswith("accuracy, scale")]
     line = panels[0].lines[0]
@@ -165,7 +171,7 @@ def test_figures_show_what_was_measured(folder, written):
     published = [p for p in drawn["measures"].axes if "published [1]" in p.get_title()]
     np.testing.assert_allclose(published[0].lines[0].get_ydata(orig=False), [74.78])
     widest = max(panel.get_subplotspec().get_gridspec().ncols for panel in panels)
-    assert widest == 4 < len(results.experiment.measures)
+    assert widest == 4 < len(DOCUMENT["measures"])
     origin = drawn["pareto"].axes[0].lines[0].get_xydata()  # the control: no time added
     np.testing.assert_allclose(np.asarray(origin, float), [[0, 53]])
     for name in ("periodic-smoke-measures.png", "periodic-smoke-pareto.png"):
@@ -174,24 +180,71 @@ def test_figures_show_what_was_measured(folder, written):
         assert f"({name})" in written.read_text()
 
 
-def test_curves_are_means_with_the_range_of_the_seeds(folder):
-    results = collect(folder / "periodic" / "smoke")
-    (panel,) = figures.draw(results)["curves"].axes  # no losses were kept
-    assert panel.get_ylabel() == "accuracy on the test set, %"
+def test_curves_are_means_with_the_range_of_the_seeds(drawn):
+    figure = drawn["curves"]
+    panel, train = figure.axes  # no losses were kept
+    assert panel.get_title() == "accuracy on the test set, %"
+    assert train.get_title() == "accuracy in training, %"
     lines = {line.get_label(): line.get_ydata() for line in panel.lines}
     np.testing.assert_allclose(lines["baseline"], [10, 80, 82])
     np.testing.assert_allclose(lines["k=10"], [10, 85, 82])  # of the two that are finished
     band = panel.collections[0].get_paths()[0].vertices
     assert band[band[:, 0] == 2][:, 1].min() == pytest.approx(70)
     assert band[band[:, 0] == 2][:, 1].max() == pytest.approx(90)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["baseline", "k=1", "k=10"]
+
+
+def test_a_loss_has_a_panel_of_its_own(folder, tmp_path):
+    document = yaml.safe_load((folder / "periodic/smoke/experiment.yaml").read_text())
+    document["variants"] = {"a": {}, "b": {"loss": "focal"}, "c": {"clip": 1.0}}
+    document |= {"seeds": [0], "sweep": None, "pareto": None, "reference": [], "name": "losses"}
+    root = tmp_path / "losses" / "smoke"
+    root.mkdir(parents=True)
+    (root / "experiment.yaml").write_text(yaml.safe_dump(document))
+    for path, config in experiments.saved(root / "experiment.yaml").runs(root).items():
+        run = RunFolder(path)
+        with run.claim(config):
+            run.append({"train_loss": 2.0, "test_loss": 1.0, "test_accuracy": 0.5,
+                        "train_accuracy": 0.5, "seconds": 1.0})  # fmt: skip
+            write_json(run / "status.json", {"state": "finished"})
+    results = collect(root)
+    panels = figures._curves(results.experiment, figures._histories(results)).axes
+    lines = {p.get_title(): {line.get_label(): line.get_color() for line in p.lines}
+             for p in panels}  # fmt: skip
+    assert lines["held-out loss: cross_entropy, nats"].keys() == {"a", "b", "c"}
+    assert lines["training loss: cross_entropy"].keys() == {"a", "c"}
+    assert lines["training loss: focal"].keys() == {"b"}
+    assert lines["training loss: focal"]["b"] == lines["accuracy on the test set, %"]["b"]
 
 
 @pytest.mark.parametrize(("losses", "scale"), [([100, 2, 1], "log"), ([3, 2, 1], "linear")])
 def test_a_first_epoch_does_not_spoil_the_scale(losses, scale):
     ended_early = np.array([losses, [*losses[:2], np.nan]], float)
-    (panel,) = figures._curves({"loss": {"a": ended_early}}).axes
+    _, (panel,) = curves.grid(1)
+    curves.draw(panel, {"a": ended_early}, {"a": curves.style(0)}, logarithmic=True)
     np.testing.assert_allclose(panel.lines[0].get_ydata(), losses)
     assert panel.get_yscale() == scale
+
+
+def test_figures_are_no_wider_than_a_screen(drawn):
+    for count in (1, 3, 9):
+        figure, panels = curves.grid(count)
+        assert len(panels) == count
+        assert figure.get_figwidth() * curves.DPI <= 1366
+    for figure in drawn.values():
+        assert figure.get_figwidth() * curves.DPI <= 1366
+
+
+def test_measures_have_units(folder, drawn):
+    results = collect(folder / "periodic" / "smoke")
+    found = units(results.experiment.model_copy(update={"measures": (
+        "accuracy", "seconds", "memory", "corruption.fog", "collapse.nc1"
+    )}))  # fmt: skip
+    assert found == {"accuracy": "%", "seconds": "s", "memory": "MiB", "corruption.fog": "%",
+                     "collapse.nc1": "", "corruption.mean": "%"}  # fmt: skip
+    panel = drawn["measures"].axes[0]
+    assert (panel.get_title(), panel.get_ylabel()) == ("accuracy, scale smoke", "%")
 
 
 def test_a_bar_for_each_corruption_and_variant(folder):
@@ -212,7 +265,9 @@ def test_dynamics_has_targets(folder, tmp_path):
     root = tmp_path / "periodic" / "smoke"
     shutil.copytree(folder / "periodic" / "smoke", root)
     results = collect(root)
-    experiment = results.experiment.model_copy(update={"probes": {"entropy": {}}})
+    experiment = results.experiment.model_copy(
+        update={"probes": {"entropy": Choice(name="entropy")}}
+    )
     runs = {"k=1": results.runs["k=1"], "baseline": {}, "k=10": {}}
     for path, config in experiment.runs(root).items():
         if config.method == "k=1":
@@ -227,6 +282,7 @@ def test_dynamics_has_targets(folder, tmp_path):
     mean, target = panel.lines
     np.testing.assert_allclose(mean.get_ydata(), [2, 3])  # over seeds 0, 1, 2
     np.testing.assert_allclose(target.get_ydata(), [3, 4])
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["fc:heads/0", "target"]
     assert panel.get_title() == "k=1"
 
 
@@ -438,6 +494,38 @@ def test_html_tables_sort():
     assert up == [a, b, published, c]
     assert down == [c, b, published, a]
     assert by_name == [a, b, published, c]
+
+
+_IN_PAGE = """<script>
+const named = table => table.tHead.textContent.startsWith("variant");
+const table = [...document.querySelectorAll("table")].find(named);
+const column = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+const seen = [column()];
+for (const _ of "12") { table.tHead.rows[0].cells[2].click(); seen.push(column()); }
+document.title = JSON.stringify({failed, seen, page: document.documentElement.scrollWidth,
+  window: innerWidth, images: [...document.images].map(i => i.complete && i.naturalWidth)});
+</script></body>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page in")
+def test_a_browser_opens_the_report_on_a_narrow_screen(written, tmp_path):
+    page = written.with_name("report.html").read_text()
+    errors = "<head><script>const failed = []; onerror = said => failed.push(said)</script>"
+    (tmp_path / "report.html").write_text(
+        page.replace("<head>", errors, 1).replace("</body>", _IN_PAGE)
+    )
+    command = ["chromium", "--headless", "--no-sandbox", f"--user-data-dir={tmp_path}/profile",
+               "--window-size=500,900", "--dump-dom", f"file://{tmp_path}/report.html"]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown)[1]))
+    assert found["failed"] == []
+    assert found["page"] <= found["window"]  # what is wider scrolls by itself
+    assert len(found["images"]) == 3
+    assert all(found["images"])
+    before, up, down = found["seen"]
+    assert before == ["baseline", "", "k=1", "", "k=10", ""]
+    assert up == ["k=10", "", "baseline", "", "k=1", ""]  # 82.00 ± 1.41, 82.00 ± 2.00, 86.00
+    assert down == up[4:] + up[2:4] + up[:2]
 
 
 def test_numbers_that_are_not_finite_leave_valid_json(folder, tmp_path):

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from ses_lab import build, engine, measure, training
+from ses_lab import build, curves, engine, measure, training
 from ses_lab.config import ConfigError, RunConfig, merge
 from ses_lab.engine import Ranks, Training, device_of
 from ses_lab.folder import FolderInUseError, RunFolder
@@ -272,18 +272,39 @@ def test_a_finished_run_is_left_alone(tmp_path):
 def test_curves_keep_losses_of_two_kinds_apart():
     rows = [{"epoch": i, "train_loss": 9.0 - i, "train_accuracy": 0.5, "test_loss": 1.0 / i,
              "test_accuracy": 0.4, "val_loss": 2.0, "val_accuracy": 0.3, "test_f1": 0.2,
-             "entropy": {"a": 1.0} if i == 2 else {}} for i in (1, 2)]  # fmt: skip
-    panels = training.curves(rows).axes
+             **({"entropy": {"a/0": 1.0}, "target": {"a": 3.0}} if i == 2 else {})}
+            for i in (1, 2)]  # fmt: skip
+    figure = curves.curves(rows, "focal-gamma=2")
     shown = {
         panel.get_ylabel(): {line.get_label(): list(line.get_ydata()) for line in panel.lines}
-        for panel in panels
+        for panel in figure.axes
     }
-    assert shown["training loss"] == {"train": [8.0, 7.0]}
-    assert shown["loss"] == {"test": [1.0, 0.5], "val": [2.0, 2.0]}
-    assert shown["accuracy"].keys() == {"train", "test", "val"}
-    assert shown["spectral entropy, nats"]["a"][1] == 1.0
-    (mim,) = [p.get_ylabel() for p in training.curves([{"epoch": 1, "train_loss": 1.0}]).axes]
-    assert mim == "training loss"
+    assert shown["training loss: focal-gamma=2"] == {"train": [8.0, 7.0]}
+    assert shown["held-out loss: cross_entropy, nats"] == {"test": [1.0, 0.5], "val": [2.0, 2.0]}
+    assert {name: y[0] for name, y in shown["accuracy, %"].items()} == {
+        "train": 50, "test": 40, "val": 30
+    }  # fmt: skip
+    assert shown["spectral entropy, nats"] == {"a/0": [1.0], "_target": [3.0]}
+    legend = figure.axes[-1].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["a/0", "target"]
+    (mim,) = curves.curves([{"epoch": 1, "train_loss": 1.0}], "hidden pixels").axes
+    assert mim.get_ylabel() == "training loss: hidden pixels"
+    views = curves.curves([{"epoch": 1, "train_loss": 1.0, "test_loss": 2.0}], "simclr").axes
+    assert views[1].get_ylabel() == "held-out loss: simclr"
+
+
+@pytest.mark.parametrize(
+    ("regime", "objective"),
+    [
+        ({}, "focal"),
+        ({"name": "adversarial"}, "focal under pgd"),
+        ({"name": "mim"}, "hidden pixels"),
+        ({"name": "two_views", "objective": "vicreg"}, "vicreg"),
+    ],
+)
+def test_the_objective_of_a_configuration(regime, objective):
+    document = {**TINY, "loss": "focal", "regime": {"name": "supervised", **regime}}
+    assert RunConfig.parse(document).objective == objective
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
