@@ -27,9 +27,10 @@ corrected for the number of comparisons, Holm p is corrected for those of one me
 d is Cohen's, over the pooled deviation, and rank p that of a Mann-Whitney test, which knows of no
 pairs. Accuracy, F1, AUROC, gap and corruption are in percent; the gap is the accuracy on the
 training set, as trained, with augmentation and by the shares of mixed targets, less that on the
-test set; best_accuracy is that of the best epoch on the test set, as the sources report it. A time
-is the median over the epochs of their training steps alone, without evaluation and without writing;
-memory is the peak of the device in MiB, on the CPU that of the process. Published numbers belong to
+test set; best_accuracy is that of the best epoch on the test set, as the sources report it, and
+validation the last accuracy on the images that choose the weights. A time is the median over the
+epochs of their training steps alone, without evaluation and without writing; memory is the peak of
+the device in MiB, on the CPU that of the process. Published numbers belong to
 other data and networks than ours at scale smoke."""
 
 

@@ -59,8 +59,9 @@ def collect(root: Path, seeds: Sequence[int] = ()) -> Results:
             accuracies = [row["test_accuracy"] for row in rows]
             numbers["accuracy"] = 100 * accuracies[-1]
             numbers["best_accuracy"] = 100 * max(accuracies)
-            for key in ("f1", "auroc"):
-                value = rows[-1].get(f"test_{key}")
+            held = {"f1": "test_f1", "auroc": "test_auroc", "validation": "val_accuracy"}
+            for key, column in held.items():
+                value = rows[-1].get(column)
                 numbers |= {} if value is None else {key: 100 * value}
             numbers["gap"] = 100 * (rows[-1]["train_accuracy"] - accuracies[-1])
         kept = run.read_json("probes.json")

@@ -57,7 +57,9 @@ def toy(path: Path, **changes) -> str:
 
 
 def test_the_studies_are_there():
-    assert {*experiments.names()} == {*PAPER, *SPECTRA, "distillation"}
+    assert {*experiments.names()} == {*PAPER, *SPECTRA, "distillation", "little_data"}
+    search = Path(__file__).parents[2] / "examples" / "little_data_search.yaml"
+    assert load(str(search)).base["dataset"] == load("little_data", "full").base["dataset"]
 
 
 @pytest.mark.parametrize("name", experiments.names())

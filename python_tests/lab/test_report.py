@@ -39,7 +39,10 @@ DOCUMENT = {
                  "k=10": {"regularizer.ses": {"every_k": 10}}},
     "seeds": [0, 1, 2],
     "probes": {"corruption": {"severities": [3]}, "collapse": {}},
-    "measures": ["accuracy", "best_accuracy", "gap", "corruption.mean", "collapse.nc1", "overhead"],
+    "measures": [
+        *("accuracy", "best_accuracy", "validation", "gap"),
+        *("corruption.mean", "collapse.nc1", "overhead"),
+    ],
     "sweep": "regularizer.ses.every_k",
     "pareto": "corruption.mean",
     "reference": [
@@ -76,6 +79,7 @@ def folder(tmp_path_factory):
             accuracies, robust, seconds = RUNS[config.method][config.seed]
             for epoch, accuracy in enumerate([0.1, *accuracies], 1):
                 run.append({"epoch": epoch, "test_accuracy": accuracy, "train_accuracy": 0.95,
+                            "val_accuracy": accuracy - 0.1,
                             "seconds": 100.0 if epoch == 1 else seconds})  # fmt: skip
             write_json(run / "probes.json", {"corruption-severities=_3_": {"mean": robust},
                                              "corruption-severities=_5_": {"mean": 0.0},
@@ -113,6 +117,7 @@ def test_cells_by_hand(folder):
     t = d.mean() / (d.std(ddof=1) / math.sqrt(3))
     assert got["p"] == pytest.approx(2 * stats.t.sf(t, 2))
     assert cell(cells, "baseline", "best_accuracy")["mean"] == pytest.approx((90 + 82 + 84) / 3)
+    assert cell(cells, "baseline", "validation")["mean"] == pytest.approx(72)
     assert cell(cells, "baseline", "gap")["mean"] == pytest.approx(95 - 82)
     assert cell(cells, "baseline", "corruption.mean")["mean"] == pytest.approx(53)
     assert cell(cells, "k=1", "collapse.nc1")["mean"] == 3.0  # no share: not in percent

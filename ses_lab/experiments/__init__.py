@@ -57,11 +57,14 @@ from ses_lab.folder import RunFolder, atomic
 from ses_lab.options import Probes
 from ses_lab.sinks import Sink
 
-# Of every run: last and best accuracy on the test set, its last macro F1 and AUROC, and last
-# accuracy on the training set less that on the test set, in percent; median over the epochs of the
-# seconds of their training steps, without evaluation, and by how many percent it is longer than the
-# control's; peak memory of the device in MiB.
-METRICS = ("accuracy", "best_accuracy", "f1", "auroc", "gap", "seconds", "overhead", "memory")
+# Of every run: last and best accuracy on the test set, its last macro F1 and AUROC, last accuracy
+# on the validation set, and on the training set less that on the test set, in percent; median over
+# the epochs of the seconds of their training steps, without evaluation, and by how many percent it
+# is longer than the control's; peak memory of the device in MiB.
+METRICS = (
+    *("accuracy", "best_accuracy", "f1", "auroc", "validation", "gap"),
+    *("seconds", "overhead", "memory"),
+)
 
 
 class Reference(Strict):
