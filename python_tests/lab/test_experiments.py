@@ -369,7 +369,7 @@ def test_probes_of_the_epochs(tmp_path):
     assert numbers["dead.share"] == rows[1][-1]["probes"]["dead"]["share"]
     assert numbers["pgd.robust"] == 100 * rows[1][-1]["probes"]["pgd"]["robust"]  # in percent
     panels = figures.draw(results)["probes"].axes
-    assert [panel.get_ylabel() for panel in panels] == ["dead.share", "pgd.robust"]
+    assert [panel.get_title() for panel in panels] == ["dead.share", "pgd.robust, %"]
     np.testing.assert_allclose(
         panels[1].lines[1].get_ydata()[-1],
         np.mean([results.runs["ses"][seed]["pgd.robust"] for seed in (0, 1)]),
