@@ -1,7 +1,11 @@
-"""Run by torchrun from test_distributed.py: shards against one process on the joined batch."""
+"""Run by torchrun from test_distributed.py: shards against one process on the joined batch.
+
+Once over all three ranks, and once over a group of the first two.
+"""
 
 import os
 
+import distributed_regularizer_cases
 import torch
 import torch.distributed as dist
 
@@ -25,10 +29,8 @@ def shard(x, counts, rank):
     return x[..., start : start + counts[rank], :], slice(start, start + counts[rank])
 
 
-def main():
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    group = dist.group.WORLD
+def main(group):
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(0)
 
     def check(x, counts, tolerance, **options):
@@ -70,7 +72,9 @@ def main():
     # DDP averages over ranks: W times the global entropy has the one-process gradient.
     x = torch.randn(sum(even), 7, dtype=torch.float64)
     single = torch.nn.Linear(7, 5, dtype=torch.float64)
-    parallel = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(7, 5, dtype=torch.float64))
+    parallel = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Linear(7, 5, dtype=torch.float64), process_group=group
+    )
     parallel.module.load_state_dict(single.state_dict())
     ses_kernels.spectral_entropy(single(x)).backward()
     entropy = ses_kernels.spectral_entropy(parallel(shard(x, even, rank)[0]), group=group)
@@ -99,15 +103,22 @@ def main():
             require("once" in str(e), e)
         else:
             raise AssertionError("a second derivative across ranks was given")
-    dist.barrier()
-    if rank == 0:
-        print(f"{world} ranks equal one process", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    main()
+    dist.init_process_group("gloo")
+    for group in (dist.group.WORLD, dist.new_group([0, 1])):
+        for name, cases in (
+            ("tensors", main),
+            ("SESRegularizer", distributed_regularizer_cases.main),
+        ):
+            if dist.get_rank(group) >= 0:  # a member
+                cases(group)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                print(f"{name}: {dist.get_world_size(group)} ranks equal one process", flush=True)
+    dist.destroy_process_group()
     # Not by the interpreter: one exit in forty, a thread of gloo aborts it (pytorch issue 190489).
     os._exit(0)

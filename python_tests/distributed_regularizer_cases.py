@@ -1,14 +1,13 @@
-"""Run by torchrun from test_distributed.py: SESRegularizer under DDP and FSDP2."""
+"""Called by distributed_cases.py on every rank: SESRegularizer under DDP and FSDP2."""
 
 import copy
 import importlib.util
-import os
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -53,15 +52,15 @@ class Puts(nn.Module):
         return self.function(x)
 
 
-def library_model(build, rank, world):
+def library_model(build, group):
     """The three lines on a shard of the batch, against one process on all of it."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
     single, inputs = test_models().make(build)
     for module in single.modules():  # whose statistics would be those of a shard
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    model = DistributedDataParallel(copy.deepcopy(single))
+    model = DistributedDataParallel(copy.deepcopy(single), process_group=group)
     mine = {name: x.chunk(world)[rank] for name, x in inputs.items()}
-    group = dist.group.WORLD
     reg = SESRegularizer(model, beta=0.7, lambda_ses=0.01, hook_last_n=3, process_group=group)
     joined = SESRegularizer(single, beta=0.7, lambda_ses=0.01, hook_last_n=3)
     expected = gradients(single(**inputs).loss + joined.loss(), single)
@@ -70,9 +69,9 @@ def library_model(build, rank, world):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * scale)
 
 
-def main():
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+def main(group):
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    mesh = DeviceMesh.from_group(group, "cpu")
     counts = [8 + 5 * r for r in range(world)]
     start = sum(counts[:rank])
     torch.manual_seed(1)
@@ -82,20 +81,23 @@ def main():
 
     def sharded(model):
         for layer in [*model[::2], model]:
-            fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
+            fully_shard(layer, mesh=mesh)
         return model
 
-    for wrap in (DistributedDataParallel, sharded):
+    def replicated(model):
+        return DistributedDataParallel(model, process_group=group)
+
+    for wrap in (replicated, sharded):
         for attach_first in (True, False):
             single = network()
             model = copy.deepcopy(single)
             options = {"layers": LAYERS, "lambda_ses": 1.0, "beta": 0.5, "every_k": 2}
             joined = SESRegularizer(single, **options)
             if attach_first:
-                reg = SESRegularizer(model, process_group=dist.group.WORLD, **options)
+                reg = SESRegularizer(model, process_group=group, **options)
             model = wrap(model)
             if not attach_first:
-                reg = SESRegularizer(model, process_group=dist.group.WORLD, **options)
+                reg = SESRegularizer(model, process_group=group, **options)
 
             # Task and penalty of even shards: DDP's mean of the ranks' means is the joined mean.
             everything = slice(0, 8 * world)
@@ -122,10 +124,9 @@ def main():
 
     if importlib.util.find_spec("transformers"):
         for build in (test_models().resnet, test_models().vit, test_models().bert):
-            library_model(build, rank, world)
+            library_model(build, group)
 
     # A sharded output, as tensor parallelism may leave one, is refused by name.
-    mesh = init_device_mesh("cpu", (world,))
     parallel = nn.Sequential(Puts(lambda x: distribute_tensor(x, mesh, [Shard(0)])))
     SESRegularizer(parallel, layers="0")
     refusal = ""
@@ -137,22 +138,10 @@ def main():
     assert "full_tensor()" in refusal, refusal
 
     # Without a group each rank has its own entropies.
-    model = DistributedDataParallel(network())
+    model = replicated(network())
     own = SESRegularizer(model, layers=LAYERS, beta=0.3)
     alone = network()
     mine = SESRegularizer(alone, layers=LAYERS, beta=0.3)
     model(x[even])
     alone(x[even])
     close(own.loss().detach(), mine.loss().detach())
-    dist.barrier()
-    if rank == 0:
-        print(f"{world} ranks equal one process", flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    main()
-    # Not by the interpreter: one exit in forty, a thread of gloo aborts it (pytorch issue 190489).
-    os._exit(0)

@@ -11,6 +11,14 @@
 
 namespace families {
 
+// Around every boundary of a tile, a group of lanes and a limit; under a sanitizer, which makes the
+// kernels several times slower and is not there for digits, one size of each kind.
+#if defined(SES_FEW_SIZES)
+constexpr int kSizes[] = {1, 3, 8, 9, 33, 65, 129};
+#else
+constexpr int kSizes[] = {1, 2, 3, 7, 8, 9, 16, 31, 32, 33, 40, 63, 64, 65, 100, 129};
+#endif
+
 enum Family {
   kGaussian,
   kRankTwo,

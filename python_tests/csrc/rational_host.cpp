@@ -319,7 +319,7 @@ Layer<M> check_bits(const Layer<M>& in, const ses::Poles& poles) {
 template <typename M>
 void check_all(const ses::Poles& poles) {
   std::vector<Layer<M>> together;
-  for (const int n : {1, 2, 3, 7, 8, 9, 16, 31, 32, 33, 40, 63, 64, 65, 100, 129}) {
+  for (const int n : families::kSizes) {
     const Layer<M> in(n, false, mixture(n)), to_center(n, true, in.gram);
     const Layer<M> layer = check_bits(in, poles), centered = check_bits(to_center, poles);
     for (long b = 0; b < layer.batch; ++b) {
