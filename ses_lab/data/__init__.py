@@ -61,7 +61,7 @@ def load(
         ConnectionError: where a download fails; what came of it is kept.
 
     Cost: all of it is decoded into memory, 180 MB for CIFAR (a second, packed), 1.4 GB for
-    Tiny-ImageNet (0.25 ms a JPEG, one after another). ``mnist5k`` takes a second.
+    Tiny-ImageNet (0.25 ms a JPEG, one after another).
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, 1)

