@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # What the extension and the environment are made from: a change to any of it installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/per_isa/*)
 
-.PHONY: demo mnist lab zoo test test-minimal bench lint docs clean
+.PHONY: demo mnist lab zoo test test-minimal test-slow wheel bench lint docs clean
 
 demo: $(VENV)/demo.stamp  ## train on handwritten digits with and without the entropy penalty
 	$(BIN)/python examples/digits.py
@@ -34,6 +34,12 @@ test: $(VENV)/test.stamp  ## the whole suite
 test-minimal: $(VENV)/test.stamp  ## ses_kernels as installed without a compiler and without Triton
 	PYTHONPATH=python_tests/minimal OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n 2 --ignore python_tests/lab
+
+test-slow: $(VENV)/test.stamp  ## what the marker slow keeps out of the suite: every study of the lab, AArch64
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+wheel:  ## sdist and manylinux wheel of PYTHON in dist/, tried with TORCH=2.13.0 in a clean environment
+	PYTHON=$(PYTHON) tools/wheel.sh
 
 bench: $(VENV)/bench.stamp  ## bench/results/<device>.json; BENCH="--budget 0.1 -k ResNet-18" for less
 	$(BIN)/python -m bench $(BENCH)
