@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 import ses_kernels
 
@@ -118,3 +119,30 @@ def test_main_prints_every_part():
 def test_no_environment_variable_changes_behaviour():
     for path in PACKAGE.rglob("*.py"):
         assert "environ" not in path.read_text(), path
+
+
+def test_versions_are_those_of_the_package():
+    """Where a version has to be typed again: the citation, the hooks, the changelog."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == ses_kernels.__version__
+    released = rf"^## \[{re.escape(ses_kernels.__version__)}\] - (.*)$"
+    (date,) = re.findall(released, (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert citation["date-released"] == date
+    pinned = re.findall(r"(?:ruff|clang-format)==[\d.]+", (ROOT / "pyproject.toml").read_text())
+    hooks = re.findall(r"\[(\S+==[\d.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert set(hooks) == set(pinned)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob(".github/workflows/*.yml")), ids=lambda p: p.name)
+def test_workflows_call_targets_of_the_makefile(path):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    for name, job in jobs.items():
+        commands = [step["run"] for step in job["steps"] if "run" in step]
+        made = [
+            command.removeprefix("make ") for command in commands if command.startswith("make ")
+        ]
+        assert made, name
+        assert set(made) <= set(targets), (name, made)
+        for command in commands:  # nothing else but what installs a system's packages
+            assert command.startswith(("make ", "sudo apt-get ")), (name, command)
