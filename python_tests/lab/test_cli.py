@@ -7,7 +7,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from ses_lab import cli, run_probes, training
+from ses_lab import cli, experiments, run_probes, training
+from ses_lab.catalogue import catalogue
 from ses_lab.config import ConfigError, RunConfig
 from ses_lab.folder import RunFolder
 from ses_lab.sinks import Progress
@@ -225,6 +226,10 @@ def test_list():
         "losses", "name", "cross_entropy", "focal",
     ]  # fmt: skip
     assert "resnet18" not in "".join(lines)
+
+
+def test_no_study_is_named_like_a_kind():  # `list NAME` shows either
+    assert catalogue().keys().isdisjoint(experiments.names())
 
 
 def test_list_says_where_published_numbers_are_defined_otherwise():

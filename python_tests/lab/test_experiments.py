@@ -32,8 +32,8 @@ PAPER = {
     "vit", "vit_augmentation", "vit_beta", "vit_layers", "beta_schedules", "targets",
     "rank_dynamics", "two_views", "bert",
 }  # fmt: skip
-SPECTRA = {"weight_spectra", "losses", "data_complexity", "architectures", "pretraining",
-           "regularizers"}  # fmt: skip
+SPECTRA = {"weight_spectra", "loss_spectra", "data_complexity", "architectures", "pretraining",
+           "regularizer_comparison"}  # fmt: skip
 TOY = {
     "title": "Toy",
     "question": "Does it run?",
