@@ -9,7 +9,11 @@ import pathlib
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import ses_kernels
 from ses_kernels import context
@@ -73,12 +77,17 @@ def test_only_context_uses_private_names_of_torch():
         "context.py": [
             "a.untyped_storage()._cdata",
             "b.untyped_storage()._cdata",
+            "forward_ad._current_level",
             "nn.modules.batchnorm._NormBase",
             "nn.modules.conv._ConvNd",
             "super(torch.autograd.Function, function)",
             "torch._C",
             "torch._C._are_functorch_transforms_active",
+            "torch._C._autograd",
+            "torch._C._autograd._profiler_enabled",
             "torch._C._current_graph_task_id",
+            "torch._C._dispatch_keys",
+            "torch._C._dispatch_tls_local_include_set",
             "torch._C._functorch",
             "torch._C._is_any_autocast_enabled",
             "torch._dynamo",
@@ -140,6 +149,58 @@ def test_is_transformed():
         f(forward_ad.make_dual(x.detach(), x.detach()))
     assert found == [False, True, True, True, True]
     assert not context.is_transformed([x])
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_is_plain_cpu():
+    x = torch.ones(2, 3)
+    found = []
+
+    def ask(y=x):
+        found.append(context.is_plain_cpu((x, y)))
+        return y
+
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        ask(x.to(dtype))
+    ask(nn.Parameter(x))
+    ask(x.T[1:])
+    with torch.no_grad(), torch.autocast("cpu"):
+        ask()
+    y = x.clone().requires_grad_().sum()
+    y.register_hook(lambda g: ask(g) and None)
+    y.backward()
+    assert found == 8 * [True]
+    found.clear()
+
+    ask(x.to("meta"))
+    ask(x.to_sparse())
+    ask(torch._neg_view(x))
+    ask(torch._efficientzerotensor(2, 3))
+    ask(x.as_subclass(Subclass))
+    ask(TwoTensor(x, x))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        ask()
+    ask(fake)
+    with torch.inference_mode():
+        ask(torch.ones(2))
+    with FlopCounterMode(display=False):
+        ask()
+    with torch.device("cpu"):  # a function mode
+        ask()
+    for profiler in (torch.profiler.profile, torch.autograd.profiler.profile):
+        with profiler():
+            ask()
+    for transform in (torch.func.vmap, torch.func.functionalize, torch.func.jacrev):
+        transform(ask)(x)
+    torch.jit.trace(lambda y: ask(y) + 1, (x,), check_trace=False)
+    make_fx(lambda y: ask(y) + 1)(x)
+    torch.compile(lambda y: ask(y) + 1, backend="eager")(x)
+    assert found == 19 * [False]
+    assert context.is_plain_cpu((x,))
 
 
 def test_break_compiled_transforms():

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ses_kernels"
 
 # Each file may import those before it; reference.py, another route, imports none of them.
 LAYERS = ["reference", "checks", "context", "kernels.gram", "_C", "rational_coefficients",
-          "rational_solver", "crossover", "torch_rows", "ops", "lowrank", "distributed",
+          "rational_solver", "crossover", "torch_rows", "ops", "packed", "lowrank", "distributed",
           "entropy", "solvers", "autograd", "linalg", "functional", "metrics", "schedules",
           "blocks", "evidence", "layout", "layers", "pooling", "options", "capture", "regularizer",
           "integrations.lightning", "integrations.transformers", "__init__",
@@ -56,7 +56,7 @@ def test_only_ops_names_a_device():
     """autograd.py and what it builds on run on any device: no file but ops.py asks which."""
     for name in ("regularizer", "capture", "options", "layers", "blocks", "evidence", "layout",
                  "pooling", "schedules", "metrics", "functional", "autograd", "solvers", "entropy",
-                 "distributed", "lowrank", "reference"):  # fmt: skip
+                 "distributed", "lowrank", "packed", "reference"):  # fmt: skip
         text = (PACKAGE / f"{name}.py").read_text()
         code = re.sub(r'""".*?"""|#.*', "", text, flags=re.S)
         assert "cuda" not in code.lower(), name

@@ -11,11 +11,13 @@ two that keeps squares in range; H does not depend on s, and M(K) = s^2 M(s^2 K)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ses_kernels import entropy, ops, solvers, torch_rows
+from ses_kernels import entropy, ops, packed, solvers, torch_rows
 from ses_kernels.context import (
     bare_apply,
     break_compiled_transforms,
@@ -37,6 +39,22 @@ def apply(options: Options, *xs: Tensor) -> tuple[Tensor, ...]:  # L x (b_l, B_l
     if compiling:
         return SpectralEntropyFunction.apply(options, *xs)
     return _bare_apply(options, *xs)
+
+
+def apply_packed(options: Options, shape: Sequence[int], *xs: Tensor) -> Tensor | None:
+    """L x ([b_l,] B_l, d_l) -> all entropies in this shape; None where packed.py is not for x."""
+    if options.group is not None or options.backend == "torch":
+        return None
+    if not packed.is_readable(xs) or is_transformed(xs):
+        return None
+    for x in xs:
+        if solvers.solver_for(x, options) != "rational":
+            return None
+    if torch.is_grad_enabled():
+        for x in xs:
+            if x.requires_grad:
+                return _bare_apply_packed(options, shape, *xs)
+    return packed.solve(xs, shape, options.center, gradient=False)[0]
 
 
 # For torch.jit.trace, one operation whether or not a gradient is wanted: its check traces again
@@ -94,6 +112,41 @@ class SpectralEntropyFunction(torch.autograd.Function):
 
 
 _bare_apply = bare_apply(SpectralEntropyFunction)
+
+
+class PackedFunction(torch.autograd.Function):
+    """(options, shape, x_1 .. x_L) -> all entropies in this shape."""
+
+    @staticmethod
+    def forward(ctx, options, shape, *xs):
+        h, saved = packed.solve(xs, shape, options.center, gradient=True)
+        ctx.options = options
+        ctx.save_for_backward(saved, *xs)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved, *xs = ctx.saved_tensors
+        options, needed = ctx.options, ctx.needs_input_grad[2:]
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated
+        if not again and packed.is_readable(xs, saved, grad) and not is_transformed([grad]):
+            return None, None, *packed.gradients(grad, xs, needed, saved, options.center)
+        gradient = SpectralEntropyBackward.apply if again else _gradient
+        layers = list(packed.factors(xs, saved, options.center))
+        grads = grad.reshape(-1).split([len(scale) for *_, scale in layers])
+        return (
+            None,
+            None,
+            *(
+                gradient(options, g, x.reshape(-1, *x.shape[-2:]), *layer).reshape(x.shape)
+                if needs
+                else None
+                for needs, g, x, layer in zip(needed, grads, xs, layers, strict=True)
+            ),
+        )
+
+
+_bare_apply_packed = bare_apply(PackedFunction)
 
 
 class TransformableFunction(SpectralEntropyFunction):

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,9 +43,40 @@ def without_autocast(method: Callable[P, R]) -> Callable[P, R]:
 def is_transformed(xs: Iterable[Tensor]) -> bool:
     """Whether torch.func or forward mode wants more than a gradient of what becomes of xs."""
     # torch.func has transforms, and no word on which are active.
-    return torch._C._are_functorch_transforms_active() or any(
-        unpack_dual(x).tangent is not None for x in xs
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # To ask each tensor takes a microsecond.
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in xs
     )
+
+
+def _keys(*names: str) -> int:
+    made = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return functools.reduce(torch._C.DispatchKeySet.__or__, made).raw_repr()
+
+
+_PLAIN_THREAD = _keys("BackendSelect", "ADInplaceOrView")
+_PLAIN_TENSOR = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+
+
+def is_plain_cpu(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the dispatcher would do no more for an operation on them than call its CPU kernel.
+
+    By its own keys, of the thread and of the tensors: every mode, transform and tracer has one, and
+    so have subclasses and tensors that are not yet what they say (negated, zero, fake). Apart from
+    these, function modes and profilers want to see it.
+    """
+    if torch.compiler.is_compiling() or torch.overrides.has_torch_function(tensors):
+        return False
+    if torch._C._autograd._profiler_enabled():
+        return False
+    if torch._C._dispatch_tls_local_include_set().raw_repr() != _PLAIN_THREAD:
+        return False
+    for x in tensors:  # noqa: SIM110 # a generator would take another microsecond
+        if torch._C._dispatch_keys(x).raw_repr() != _PLAIN_TENSOR:
+            return False
+    return True
 
 
 def break_compiled_transforms() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ses_kernels import distributed, lowrank
-from ses_kernels.autograd import apply
+from ses_kernels.autograd import apply, apply_packed
 from ses_kernels.checks import check
 from ses_kernels.solvers import Options
 
@@ -153,6 +153,9 @@ def spectral_entropy(
             raise ValueError(f'return_bound is for solver="lowrank", got solver={solver!r}')
         entropy, bound = _low_rank(_flat(x), rank, options)
         return entropy.reshape(x.shape[:-2]), bound.reshape(x.shape[:-2])
+    at_once = apply_packed(options, x.shape[:-2], x)
+    if at_once is not None:
+        return at_once
     (entropy,) = _flat_entropies([x], rank, options)
     return entropy if x.dim() == 3 else entropy.reshape(x.shape[:-2])
 
@@ -199,6 +202,9 @@ def spectral_entropies(
                 f"spectral_entropies takes tensors of one device, got {xs[0].device} at index 0 "
                 f"and {x.device} at index {index}; call it once per device"
             )
+    at_once = apply_packed(options, (len(xs),), *xs)
+    if at_once is not None:
+        return at_once
     entropies = _flat_entropies(xs, rank, options)
     dtype = torch.float64 if any(h.dtype == torch.float64 for h in entropies) else torch.float32
     return torch.cat([h.to(dtype) for h in entropies])

@@ -207,7 +207,7 @@ def _standard(location: Tensor, scale: Tensor) -> tuple:
 
 
 @functools.cache
-def _poles(gram: torch.dtype, result: torch.dtype):
+def poles(gram: torch.dtype, result: torch.dtype):
     return _C.Poles(*rational_coefficients.columns(gram, result))
 
 
@@ -255,7 +255,7 @@ def _rational_cpu(grams, center, dtype, gradient, backend):
     _C.rational_cpu(
         _layers(grams, center, outputs),
         dtype.itemsize,
-        _poles(torch.float64, dtype),
+        poles(torch.float64, dtype),
         torch.get_num_threads(),
     )
     return outputs
@@ -273,7 +273,7 @@ def _rational_from_samples_cpu(xs, center, gradient, backend):
     ]  # fmt: skip
     compute = widened(xs[0])
     _C.rational_from_samples_cpu(
-        layers, compute.itemsize, _poles(torch.float64, compute), torch.get_num_threads()
+        layers, compute.itemsize, poles(torch.float64, compute), torch.get_num_threads()
     )
     return outputs
 
@@ -299,11 +299,11 @@ def _rational_cuda(grams, center, dtype, gradient, backend):
     outputs = _empty_rational(grams, center, dtype, gradient, backend)
     grams = [gram.contiguous() for gram in grams]
     layers = _layers(grams, center, outputs)
-    poles = _poles(torch.float32, torch.float32)
+    found = poles(torch.float32, torch.float32)
     device = grams[0].device
-    workspace = grams[0].new_empty(_C.rational_cuda_workspace(layers, poles, device.index))
+    workspace = grams[0].new_empty(_C.rational_cuda_workspace(layers, found, device.index))
     stream = torch.cuda.current_stream(device).cuda_stream
-    _C.rational_cuda(layers, poles, workspace.data_ptr(), device.index, stream)
+    _C.rational_cuda(layers, found, workspace.data_ptr(), device.index, stream)
     return outputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import warnings
@@ -328,7 +329,8 @@ class SESRegularizer:
         for key, x in matrices:
             by_device.setdefault(x.device, []).append((key, x))
         self._measured = []
-        total = torch.zeros((), device=matrices[-1][1].device)  # where the model's output is
+        device = matrices[-1][1].device  # where the model's output is
+        parts = []
         for chosen in by_device.values():
             keys, xs = zip(*chosen, strict=True)
             entropies = spectral_entropies(xs, group=self._group)  # (matrices,)
@@ -340,8 +342,8 @@ class SESRegularizer:
                 distance = torch.sub(distance, unit, alpha=scale)  # H - beta log d
             units = [1 / calls[key] for key in keys]
             for scale, unit in self._sum("alpha", layers, units, entropies, step):
-                total = total + scale * (unit * distance.square()).sum().to(total.device)
-        penalty = weight * total
+                parts.append(weight * scale * (unit * distance.square()).sum().to(device))
+        penalty = functools.reduce(torch.add, parts)
         if self._group is not None:  # the value as it is, the gradient times the number of ranks
             ranks = torch.distributed.get_world_size(self._group)
             penalty = penalty + (ranks - 1) * (penalty - penalty.detach())

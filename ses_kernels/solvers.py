@@ -40,11 +40,12 @@ def needs_svd(x: Tensor, options: Options) -> bool:
 
 
 def choose(x: Tensor, n: int, backend: str) -> str:
-    """The solver that "auto" stands for at power 2 and order 1, for samples x (b, B, d)."""
+    """The solver that "auto" stands for at power 2 and order 1, for samples x ([b,] B, d)."""
     if backend == "torch" or ops.EXTENSION_MISSING:  # the kernels are what was measured
         return "eigh"
     device = "cpu" if x.is_cpu else x.device.type  # a string made at every call
-    return "rational" if crossover.rational_wins(device, x.dtype, n, x.shape[0]) else "eigh"
+    batch = x.shape[0] if x.dim() == 3 else 1
+    return "rational" if crossover.rational_wins(device, x.dtype, n, batch) else "eigh"
 
 
 def solver_for(x: Tensor, options: Options) -> str:
@@ -73,7 +74,7 @@ def side(x: Tensor, options: Options) -> str:
 
 def size(x: Tensor, options: Options) -> int:
     """n, of the Gram matrix on that side."""
-    _, samples, features = x.shape
+    samples, features = x.shape[-2:]
     return features if options.group is not None else min(samples, features)
 
 
