@@ -48,7 +48,7 @@ lint: $(VENV)/test.stamp  ## style of Python and C++, types of ses_kernels
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/per_isa/*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/per_isa/* bench/*.cpp)
 
 # The docstrings are read as text: nothing is imported, and it takes seconds. From Python 3.11 on.
 docs: $(VENV)/test.stamp  ## site/index.html; a warning or a link that leads nowhere is an error
