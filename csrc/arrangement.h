@@ -33,4 +33,13 @@ static inline constexpr long arranged_doubles(Arrangement arrangement, long n) {
   return arrangement == Arrangement::kInterleaved ? n * n * together(arrangement, n) : rows * rows;
 }
 
+// Parts that the work on a matrix in panels is cut into, for as many threads or fewer. A power of
+// two, and of n alone: it decides the order of sums.
+constexpr int kMaxParts = 16;
+static inline constexpr int parts_of(long n) {
+  int parts = 1;
+  while (parts < kMaxParts && n >= 2 * parts * kMinColumnsOfAPart) parts *= 2;
+  return parts;
+}
+
 }  // namespace ses

@@ -14,6 +14,24 @@ struct ThreadGroup {
   SES_HOST_DEVICE bool any(bool vote) const { return vote; }
 };
 
+// Threads of a CPU call that solve one matrix together; alone by default. A barrier may find that
+// the processors are busy with others, and leave all to the first thread: what is computed must not
+// depend on the number of threads. Always inlined, and the barrier by its address: kernels of every
+// instruction set share nothing that they could leave to the linker.
+struct CpuGroup {
+  int rank = 0, threads = 1;
+  int (*wait)(void* barrier, int rank, int threads) = nullptr;  // the threads that go on
+  void* barrier = nullptr;
+
+  __attribute__((always_inline)) int thread_rank() const { return rank; }
+  __attribute__((always_inline)) int num_threads() const { return threads; }
+  // False for a thread that is to return.
+  __attribute__((always_inline)) bool sync() {
+    if (threads > 1) threads = wait(barrier, rank, threads);
+    return threads > 0;
+  }
+};
+
 #if defined(__CUDACC__)
 
 struct WarpGroup {

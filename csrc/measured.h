@@ -1,6 +1,7 @@
 // Every constant that was measured, in one file. They were measured on an AMD EPYC with AVX-512 on
-// 22 November 2026, and decide how a call is cut up; only kMaxNInterleaved also decides the last
-// digits. To measure one again, change it and compare the rows that its command prints.
+// 22 November 2026, and decide how a call is cut up; only kMaxNInterleaved and kMinColumnsOfAPart
+// also decide the last digits. To measure one again, change it and compare the rows that its
+// command prints.
 //
 // Included by what is compiled for each instruction set too: static, so that nothing is shared.
 #pragma once
@@ -21,6 +22,11 @@ constexpr int kMaxNTwoRegisters = 64;
 // has left the L2 cache; of small matrices, two bundles together. `python -m bench -k solver`
 constexpr int kMaxNInterleaved = 96;
 constexpr int kMaxNTwoBundles = 12;
+
+// The rational solver on one matrix: a part of the work, hence a thread, for so many columns. On 28
+// November 2026, with both of two cores free, two threads were 1.5 times as fast as one at n = 257,
+// 1.8 at 512 and 1024. `python -m bench.crossover`, batch 1
+constexpr long kMinColumnsOfAPart = 128;
 
 // ---- nanoseconds of one thread, to share out work: `python -m bench -k "eigh or solver"` ----
 

@@ -342,6 +342,21 @@ def test_rational_bits_depend_on_the_matrix_alone(n, dtype):
             assert all(map(same_bits, (t[i : i + 1] for t in found), one))
 
 
+@pytest.mark.parametrize("n", [130, 257, 512, 515])
+def test_rational_bits_of_one_matrix_on_any_number_of_threads(n):
+    """Two parts from 256, four from 512: as many threads as parts, fewer, and more."""
+    gram = gram_mixture(n)[:1]
+    for center in (False, True):
+        h, m = rational(gram, torch.float32, center=center, threads=1)
+        for threads in (2, 3, 4, 8):
+            assert all(map(same_bits, rational(gram, torch.float32, True, center, threads), (h, m)))
+    w, v = torch.linalg.eigh(gram / gram.diagonal(dim1=1, dim2=2).sum())
+    h, m = rational(gram, threads=4)
+    assert (h - torch.special.entr(w).sum(-1)).abs().max() < n * 6e-15
+    error = m * gram.diagonal(dim1=1, dim2=2).sum() + (v * (w.log() + h)) @ v.mT
+    assert (v.mT @ error @ v * w).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("n", [1, 6, 32, 33, 50])
 def test_rational_centers_m(n):
     gram = gram_mixture(n)[[0, 3, 4, 5, 11]]

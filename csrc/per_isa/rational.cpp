@@ -22,16 +22,17 @@ using TwoBundles = PackOf<double, kRegisterBytes, 2>;
 using TwoBundles = Line<double>;
 #endif
 
-long workspace_bytes(Arrangement arrangement, int n, int pole_count) {
+long workspace_bytes(Arrangement arrangement, int n, int pole_count, int threads) {
   if (arrangement == Arrangement::kPanels)
-    return PanelWorkspace<Line<double>>::bytes(n, pole_count);
+    return PanelWorkspace<Line<double>>::bytes(n, pole_count, threads);
   return together(arrangement, n) > kBundle ? InterleavedWorkspace<TwoBundles>::bytes(n)
                                             : InterleavedWorkspace<Line<double>>::bytes(n);
 }
 
-void arrange(Arrangement arrangement, const double* grams, int count, int n, double* out) {
+void arrange(Arrangement arrangement, const double* grams, int count, int n, double* out,
+             const CpuGroup& group) {
   if (arrangement == Arrangement::kPanels)
-    return to_panels(grams, n, reinterpret_cast<Line<double>*>(out));
+    return to_panels(grams, n, reinterpret_cast<Line<double>*>(out), group);
   const long square = static_cast<long>(n) * n;
   for_bundles(count, kBundle, [&](int first, int size) {
     interleave(grams + first * square, size, n,
@@ -52,11 +53,11 @@ void run_interleaved(const GramLayer<double, Result>& layer, const PaddedPoles<d
 
 template <typename Result>
 void run(Arrangement arrangement, const GramLayer<double, Result>& layer, const Poles& poles,
-         void* workspace) {
+         void* workspace, CpuGroup& group) {
   const PaddedPoles<double> padded(poles);
   if (arrangement == Arrangement::kPanels)
     rational(reinterpret_cast<const Line<double>*>(layer.gram), layer.h, layer.m, layer.n,
-             layer.center, padded, workspace);
+             layer.center, padded, workspace, group);
   else if (layer.batch > kBundle)
     run_interleaved<TwoBundles>(layer, padded, workspace);
   else
