@@ -116,30 +116,39 @@ std::string to_string(const Three& shape) {
          std::to_string(shape[2]) + ")";
 }
 
+ses::SampleType type_of(const std::string& dtype) {
+  if (dtype == "float16") return ses::SampleType::kFloat16;
+  if (dtype == "bfloat16") return ses::SampleType::kBfloat16;
+  if (dtype == "float32") return ses::SampleType::kFloat32;
+  if (dtype == "float64") return ses::SampleType::kFloat64;
+  refuse("x must be float16, bfloat16, float32 or float64, got " + dtype);
+}
+
 class Samples {
  public:
-  using Parts = std::tuple<Address, int, Three, Three>;
+  using Parts = std::tuple<Address, std::string, Three, Three>;
 
-  Samples(Address x, int itemsize, const Three& stride, const Three& shape)
-      : x_(x), itemsize_(itemsize), stride_(stride), shape_(shape) {
-    check_itemsize(itemsize);
+  Samples(Address x, const std::string& dtype, const Three& stride, const Three& shape)
+      : x_(x), type_(type_of(dtype)), stride_(stride), shape_(shape) {
     if (x == 0 || shape[0] < 1 || shape[1] < 1 || shape[2] < 1)
       refuse("x must not be null and no axis empty, got " + to_string(shape));
     if (stride[2] != 1) refuse("rows must be dense, got strides " + to_string(stride));
   }
 
-  int itemsize() const { return itemsize_; }
   long batch() const { return shape_[0]; }
   long n(bool by_samples) const { return shape_[by_samples ? 1 : 2]; }
 
-  template <typename Scalar>
-  ses::Samples<Scalar> of() const {
-    return {pointer<const Scalar>(x_), stride_[0], stride_[1], shape_[0], shape_[1], shape_[2]};
+  // To be standardised by numbers of this size.
+  ses::Samples view(std::size_t itemsize) const {
+    if (type_ == ses::SampleType::kFloat64 && itemsize != sizeof(double))
+      refuse("float64 samples are standardised in float64");
+    return {
+        pointer<const void>(x_), type_, stride_[0], stride_[1], shape_[0], shape_[1], shape_[2]};
   }
 
  private:
   Address x_;
-  int itemsize_;
+  ses::SampleType type_;
   Three stride_, shape_;
 };
 
@@ -232,10 +241,7 @@ class SampleLayer {
 
   template <typename Scalar>
   ses::SampleLayer<Scalar> of() const {
-    if (x_.itemsize() != sizeof(Scalar))
-      refuse("samples must have itemsize " + std::to_string(sizeof(Scalar)) +
-             ", as the first, got " + std::to_string(x_.itemsize()));
-    return {x_.of<Scalar>(),
+    return {x_.view(sizeof(Scalar)),
             side_of(by_samples_),
             pointer<Scalar>(location_),
             pointer<Scalar>(scale_),
@@ -249,19 +255,6 @@ class SampleLayer {
   Address location_, scale_, h_, m_;
 };
 
-// f(Sample(), Number()), the types of samples and of the numbers that standardise them
-template <typename Function>
-void with_numbers(int x_itemsize, int itemsize, Function f) {
-  with_number(itemsize, [&](auto number) {
-    if (x_itemsize == sizeof(float))
-      f(float(), number);
-    else if constexpr (sizeof(number) == sizeof(double))
-      f(double(), number);
-    else
-      refuse("float64 samples are standardised in float64");
-  });
-}
-
 // ---- from samples to Gram matrices, and back to a gradient ----
 
 void location_scale(const Samples::Parts& x_parts, Address anchor, long anchor_stride,
@@ -270,11 +263,11 @@ void location_scale(const Samples::Parts& x_parts, Address anchor, long anchor_s
   check_threads(threads);
   check_not_null("scale", {scale});
   if (anchor != 0) check_not_null("location", {location});
-  with_numbers(x.itemsize(), itemsize, [&](auto of_x, auto number) {
-    using Sample = decltype(of_x);
+  with_number(itemsize, [&](auto number) {
     using Number = decltype(number);
+    const ses::Samples samples = x.view(sizeof(Number));
     const py::gil_scoped_release release;
-    ses::location_scale_cpu(x.of<Sample>(), pointer<const Sample>(anchor), anchor_stride,
+    ses::location_scale_cpu(samples, pointer<const void>(anchor), anchor_stride,
                             pointer<Number>(location), pointer<Number>(scale), threads);
   });
 }
@@ -285,10 +278,11 @@ void gram(const Samples::Parts& x_parts, const Standard::Parts& standard_parts, 
   const auto standard = std::make_from_tuple<Standard>(standard_parts);
   check_threads(threads);
   check_not_null("out", {out});
-  with_numbers(x.itemsize(), standard.itemsize(), [&](auto of_x, auto number) {
+  with_number(standard.itemsize(), [&](auto number) {
+    const ses::Samples samples = x.view(sizeof(number));
     with_number(out_itemsize, [&](auto of_out) {
       const py::gil_scoped_release release;
-      ses::gram_cpu(x.of<decltype(of_x)>(), standard.of<decltype(number)>(), side_of(by_samples),
+      ses::gram_cpu(samples, standard.of<decltype(number)>(), side_of(by_samples),
                     pointer<decltype(of_out)>(out), threads);
     });
   });
@@ -301,13 +295,13 @@ void gram_backward(Address m, const Samples::Parts& x_parts, const Standard::Par
   check_threads(threads);
   check_not_null("m and g", {m, g});
   check_not_null("out", {out});
-  with_numbers(x.itemsize(), standard.itemsize(), [&](auto of_x, auto number) {
-    using Sample = decltype(of_x);
+  with_number(standard.itemsize(), [&](auto number) {
     using Number = decltype(number);
+    const ses::Samples samples = x.view(sizeof(Number));
     const py::gil_scoped_release release;
-    ses::gram_backward_cpu(pointer<const Number>(m), x.of<Sample>(), standard.of<Number>(),
+    ses::gram_backward_cpu(pointer<const Number>(m), samples, standard.of<Number>(),
                            pointer<const Number>(g), g_stride, side_of(by_samples),
-                           pointer<Sample>(out), threads);
+                           pointer<void>(out), threads);
   });
 }
 
@@ -447,8 +441,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("location_scale", &location_scale, py::arg("x"), py::arg("anchor"),
         py::arg("anchor_stride"), py::arg("location"), py::arg("scale"), py::arg("itemsize"),
         py::arg("threads"),
-        "x (address, itemsize, stride, shape) of (batch, rows, columns) with dense rows, and a "
-        "dense anchor row for each matrix, 0 for no centring -> location (batch, 2, "
+        "x (address, dtype, stride, shape) of (batch, rows, columns) with dense rows, and a "
+        "dense anchor row of that dtype for each matrix, 0 for no centring -> location (batch, 2, "
         "columns) and scale (batch,).");
   m.def("gram", &gram, py::arg("x"), py::arg("standard"), py::arg("by_samples"), py::arg("out"),
         py::arg("out_itemsize"), py::arg("threads"),
@@ -456,16 +450,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("gram_backward", &gram_backward, py::arg("m"), py::arg("x"), py::arg("standard"),
         py::arg("g"), py::arg("g_stride"), py::arg("by_samples"), py::arg("out"),
         py::arg("threads"),
-        "m (batch, n, n), x and standard as of gram, g (batch,) -> out (batch, rows, columns).");
+        "m (batch, n, n), x and standard as of gram, g (batch,) -> out (batch, rows, columns) of "
+        "x's dtype.");
   m.def("rational_cpu", &rational_cpu, py::arg("layers"), py::arg("itemsize"), py::arg("poles"),
         py::arg("threads"),
         "[(gram, shape, h, m or 0, center)], float64 grams -> h (batch,) and m (batch, n, n) of "
         "`itemsize`.");
-  m.def("rational_from_samples_cpu", &rational_from_samples_cpu, py::arg("layers"),
-        py::arg("itemsize"), py::arg("poles"), py::arg("threads"),
-
-        "[(x, by samples, location or 0, scale, h, m or 0)], all of `itemsize` -> location from "
-        "the first rows, scale, h and m.");
+  m.def(
+      "rational_from_samples_cpu", &rational_from_samples_cpu, py::arg("layers"),
+      py::arg("itemsize"), py::arg("poles"), py::arg("threads"),
+      "[(x, by samples, location or 0, scale, h, m or 0)] -> location from the first rows, scale, "
+      "h and m of `itemsize`.");
   m.def("rational_cuda", &rational_cuda, py::arg("layers"), py::arg("poles"), py::arg("workspace"),
         py::arg("device"), py::arg("stream"),
         "As rational_cpu for float32 in the memory of `device`, enqueued on `stream`.");

@@ -11,10 +11,10 @@
 
 namespace ses {
 
-template <typename Sample, typename Number>
-void location_scale_cpu(const Samples<Sample>& x, const Sample* anchor, long anchor_stride,
-                        Number* location, Number* scale, int threads) {
-  const GramKernels<Sample, Number>& kernels = SES_KERNELS_HERE(gram_kernels<Sample, Number>);
+template <typename Number>
+void location_scale_cpu(const Samples& x, const void* anchor, long anchor_stride, Number* location,
+                        Number* scale, int threads) {
+  const GramKernels<Number>& kernels = SES_KERNELS_HERE(gram_kernels<Number>);
   constexpr long kStrip = 256;
   const long strips = (x.columns + kStrip - 1) / kStrip;
   const Shares shares(x.batch, location_nanoseconds(x.rows, x.columns), strips, threads);
@@ -23,9 +23,8 @@ void location_scale_cpu(const Samples<Sample>& x, const Sample* anchor, long anc
     shares.each(task, x.batch, [&](long b, int part) {
       for (long strip = part; strip < strips; strip += shares.parts) {
         const long first = strip * kStrip, last = std::min(x.columns, first + kStrip);
-        const Sample* row = anchor == nullptr ? nullptr : anchor + b * anchor_stride;
         Number* out = anchor == nullptr ? nullptr : location + 2 * b * x.columns;
-        largest[b * strips + strip] = kernels.locate(x, b, first, last, row, out);
+        largest[b * strips + strip] = kernels.locate(x, b, first, last, anchor, anchor_stride, out);
       }
     });
   });
@@ -34,10 +33,10 @@ void location_scale_cpu(const Samples<Sample>& x, const Sample* anchor, long anc
         *std::max_element(&largest[b * strips], &largest[b * strips] + strips));
 }
 
-template <typename Sample, typename Number, typename Entry>
-void gram_cpu(const Samples<Sample>& x, const Standard<Number>& standard, Side side, Entry* gram,
+template <typename Number, typename Entry>
+void gram_cpu(const Samples& x, const Standard<Number>& standard, Side side, Entry* gram,
               int threads) {
-  const GramKernels<Sample, Number>& kernels = SES_KERNELS_HERE(gram_kernels<Sample, Number>);
+  const GramKernels<Number>& kernels = SES_KERNELS_HERE(gram_kernels<Number>);
   const auto& run = [&]() -> const auto& {
     if constexpr (sizeof(Entry) == sizeof(float))
       return kernels.gram_float;
@@ -56,10 +55,10 @@ void gram_cpu(const Samples<Sample>& x, const Standard<Number>& standard, Side s
   });
 }
 
-template <typename Sample, typename Number>
-void gram_backward_cpu(const Number* m, const Samples<Sample>& x, const Standard<Number>& standard,
-                       const Number* g, long g_stride, Side side, Sample* out, int threads) {
-  const GramKernels<Sample, Number>& kernels = SES_KERNELS_HERE(gram_kernels<Sample, Number>);
+template <typename Number>
+void gram_backward_cpu(const Number* m, const Samples& x, const Standard<Number>& standard,
+                       const Number* g, long g_stride, Side side, void* out, int threads) {
+  const GramKernels<Number>& kernels = SES_KERNELS_HERE(gram_kernels<Number>);
   const long n = side == Side::kSamples ? x.rows : x.columns;
   const long other = side == Side::kSamples ? x.columns : x.rows;
   const Shares shares(x.batch, product_nanoseconds(n, other), (other + 63) / 64, threads);
@@ -67,23 +66,21 @@ void gram_backward_cpu(const Number* m, const Samples<Sample>& x, const Standard
   parallel(shares.workers, shares.tasks, [&](int worker, long task) {
     shares.each(task, x.batch, [&](long b, int part) {
       const Number coefficient = 2 * standard.scale[b] * g[b * g_stride];
-      kernels.backward(m + b * n * n, x, standard, coefficient, side, b, part,
-                       static_cast<int>(shares.parts), out + b * x.rows * x.columns,
-                       workspaces[worker]);
+      kernels.backward(
+          m + b * n * n, x, standard, coefficient, side, b, part, static_cast<int>(shares.parts),
+          static_cast<char*>(out) + b * x.rows * x.columns * itemsize(x.type), workspaces[worker]);
     });
   });
 }
 
-#define SES_INSTANTIATE(Sample, Number)                                                           \
-  template void location_scale_cpu(const Samples<Sample>&, const Sample*, long, Number*, Number*, \
-                                   int);                                                          \
-  template void gram_cpu(const Samples<Sample>&, const Standard<Number>&, Side, float*, int);     \
-  template void gram_cpu(const Samples<Sample>&, const Standard<Number>&, Side, double*, int);    \
-  template void gram_backward_cpu(const Number*, const Samples<Sample>&, const Standard<Number>&, \
-                                  const Number*, long, Side, Sample*, int);
-SES_INSTANTIATE(float, float)
-SES_INSTANTIATE(float, double)
-SES_INSTANTIATE(double, double)
+#define SES_INSTANTIATE(Number)                                                               \
+  template void location_scale_cpu(const Samples&, const void*, long, Number*, Number*, int); \
+  template void gram_cpu(const Samples&, const Standard<Number>&, Side, float*, int);         \
+  template void gram_cpu(const Samples&, const Standard<Number>&, Side, double*, int);        \
+  template void gram_backward_cpu(const Number*, const Samples&, const Standard<Number>&,     \
+                                  const Number*, long, Side, void*, int);
+SES_INSTANTIATE(float)
+SES_INSTANTIATE(double)
 #undef SES_INSTANTIATE
 
 }  // namespace ses

@@ -166,7 +166,7 @@ struct GivenGrams {
 template <typename Scalar>
 struct MadeGrams {
   const SampleLayer<Scalar>* layers;
-  const GramKernels<Scalar, Scalar>& kernels;
+  const GramKernels<Scalar>& kernels;
 
   long bytes(int i) const {
     const auto& result = layers[i].result;
@@ -178,11 +178,11 @@ struct MadeGrams {
   }
   void operator()(int i, long first, int count, void* memory, const CpuGroup&) const {
     const SampleLayer<Scalar>& layer = layers[i];
-    const Samples<Scalar>& x = layer.x;
+    const Samples& x = layer.x;
     const bool center = layer.location != nullptr;
     for (long b = first; b < first + count; ++b)
       layer.scale[b] = kernels.inverse_power_of_two(
-          kernels.locate(x, b, 0, x.columns, center ? x.x + b * x.matrix_stride : nullptr,
+          kernels.locate(x, b, 0, x.columns, center ? x.x : nullptr, x.matrix_stride,
                          center ? layer.location + 2 * b * x.columns : nullptr));
     const Standard<Scalar> standard{layer.location, 2 * x.columns, x.columns, layer.scale};
     kernels.gram_arranged(arrangement_of(layer.result), x, standard, layer.side, first, count,
@@ -212,7 +212,7 @@ void rational_from_samples_cpu(const SampleLayer<Scalar>* layers, int count, con
     results.push_back(layers[i].result);
     entries += results[i].batch * results[i].n * results[i].n;
   }
-  const MadeGrams<Scalar> made{layers, SES_KERNELS_HERE(gram_kernels<Scalar, Scalar>)};
+  const MadeGrams<Scalar> made{layers, SES_KERNELS_HERE(gram_kernels<Scalar>)};
   const Schedule schedule = make_schedule(results.data(), count, threads, made);
   const bool many = static_cast<int>(schedule.tasks.size()) >= 4 * schedule.workers;
   if (schedule.workers == 1 || (many && schedule.shared == 0))
@@ -222,7 +222,7 @@ void rational_from_samples_cpu(const SampleLayer<Scalar>* layers, int count, con
   double* gram = grams.get();
   for (int i = 0; i < count; ++i) {
     const SampleLayer<Scalar>& layer = layers[i];
-    const Samples<Scalar>& x = layer.x;
+    const Samples& x = layer.x;
     location_scale_cpu(x, layer.location == nullptr ? nullptr : x.x, x.matrix_stride,
                        layer.location, layer.scale, threads);
     const Standard<Scalar> standard{layer.location, 2 * x.columns, x.columns, layer.scale};

@@ -9,7 +9,7 @@ namespace ses {
 
 template <typename Scalar>
 struct SampleLayer {
-  Samples<Scalar> x;
+  Samples x;
   Side side;
   Scalar* location;                  // [batch, 2, columns]; null: no centring
   Scalar* scale;                     // [batch]

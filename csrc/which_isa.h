@@ -6,6 +6,10 @@
 
 #include "isa.h"
 
+#if defined(SES_X86)
+#include <cpuid.h>
+#endif
+
 namespace ses {
 
 // The best last.
@@ -17,9 +21,17 @@ inline const char* isa_name(Isa isa) {
 }
 
 #if defined(SES_X86)
+// By cpuid: compilers before GCC 11 do not know the name.
+inline bool has_f16c() {
+  static const bool found = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+  }();
+  return found;
+}
 inline bool runs_here(Isa isa) {
   if (isa == Isa::kPortable) return true;
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (isa == Isa::kAvx2) return avx2;
   return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");

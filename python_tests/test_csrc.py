@@ -35,8 +35,8 @@ SANITIZERS = {
     "thread": "-fsanitize=thread",
 }
 X86_FLAGS = {
-    "avx2": "-mavx2 -mfma",
-    "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c",
 }
 
 

@@ -448,7 +448,7 @@ def test_all_kernels_from_several_python_threads_at_once():
         location = x.new_empty(300, 2, 70)
         scale, g = x.new_empty(300), x.new_ones(300)
         gram, out = x.new_empty(300, 40, 40), torch.empty_like(x)
-        samples = x.data_ptr(), 8, x.stride(), x.shape
+        samples = x.data_ptr(), "float64", x.stride(), x.shape
         _C.location_scale(
             samples, x.data_ptr(), x.stride(0), location.data_ptr(), scale.data_ptr(), 8, 2
         )
@@ -487,7 +487,7 @@ def test_a_forked_child_starts_threads_of_its_own(used):
         x = torch.randn(256, 40, 64, dtype=torch.float64)
         scale, gram = x.new_ones(256), x.new_empty(256, 40, 40)
         h, m, out = x.new_empty(256), torch.empty_like(gram), torch.empty_like(x)
-        samples = x.data_ptr(), 8, x.stride(), x.shape
+        samples = x.data_ptr(), "float64", x.stride(), x.shape
         standard = 0, (0, 0, 0), scale.data_ptr(), 8
         poles = _C.Poles(*rational_coefficients.columns(torch.float64, torch.float64))
         layer = gram.data_ptr(), gram.shape, h.data_ptr(), m.data_ptr(), False
@@ -555,7 +555,7 @@ def test_bad_arguments(arguments, message):
 X = torch.zeros(1, 4, 4, dtype=torch.float64)
 AT = X.data_ptr()
 VALUES = {
-    "Samples": {"x": AT, "itemsize": 4, "stride": (6, 3, 1), "shape": (1, 2, 3)},
+    "Samples": {"x": AT, "dtype": "float32", "stride": (6, 3, 1), "shape": (1, 2, 3)},
     "Standard": {"location": AT, "stride": (6, 3, 1), "scale": AT, "itemsize": 4},
     "Poles": {"c": 1.0, "t": [1.0] * 12, "w": [1.0] * 12},
     "GramLayer": {"gram": AT, "shape": (1, 2, 2), "h": AT, "m": 0, "center": False},
@@ -591,7 +591,7 @@ def take(name, parts):
         ("Samples", {"shape": (1, -1, 3)}, r"no axis empty, got \(1, -1, 3\)"),
         ("Samples", {"shape": (1, 2, 0)}, r"no axis empty, got \(1, 2, 0\)"),
         ("Samples", {"stride": (6, 3, 2)}, r"rows must be dense, got strides \(6, 3, 2\)"),
-        ("Samples", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
+        ("Samples", {"dtype": "int8"}, "float16, bfloat16, float32 or float64, got int8"),
         ("Standard", {"scale": 0}, "scale must not be null"),
         ("Standard", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
         ("Poles", {"t": [], "w": []}, "a multiple of 12 .* got 0 and 0"),
@@ -633,7 +633,7 @@ ARGUMENTS = {
         *((name, {"threads": 0}, "threads must be at least 1, got 0") for name in ARGUMENTS),
         *((name, {"threads": -5}, "threads must be at least 1, got -5") for name in ARGUMENTS),
         *(
-            (name, {"x": value("Samples", itemsize=8)}, "float64 samples are standardised in float")
+            (name, {"x": value("Samples", dtype="float64")}, "float64 samples .* in float64")
             for name in ("location_scale", "gram", "gram_backward")
         ),
         ("location_scale", {"location": 0}, "location must not be null"),
@@ -646,7 +646,11 @@ ARGUMENTS = {
         ("gram_backward", {"out": 0}, "out must not be null"),
         ("rational_cpu", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
         ("rational_from_samples_cpu", {"itemsize": 2}, "itemsize must be 4 .* got 2"),
-        ("rational_from_samples_cpu", {"itemsize": 8}, "samples must have itemsize 8, .* got 4"),
+        (
+            "rational_from_samples_cpu",
+            {"layers": [value("SampleLayer", x=value("Samples", dtype="float64"))]},
+            "float64 samples are standardised in float64",
+        ),
     ],
 )
 def test_bad_arguments_of_functions_of_values(function, wrong, message):

@@ -63,8 +63,7 @@ def test_rows_equal_the_formula(shape, dtype, compute, center):
 
 def backends(x):
     """Those that can run on x."""
-    readable = x.dtype in (torch.float32, torch.float64) and x.stride(2) == 1
-    fused = ("fused",) if readable and ops.EXTENSION_MISSING is None else ()
+    fused = ("fused",) if x.stride(2) == 1 and ops.EXTENSION_MISSING is None else ()
     return ("auto", "torch", *fused)
 
 
@@ -150,13 +149,11 @@ def test_small_operands_of_any_strides():
 
 @without_extension
 def test_fused_says_what_it_cannot_read():
-    half, gaps = torch.randn(2, 3, 4).half(), torch.randn(2, 3, 8)[:, :, ::2]
-    scale = torch.ones(2)
-    for x, why in ((half, "float16"), (gaps, "rows without gaps")):
-        with pytest.raises(RuntimeError, match=f"cannot run.*{why}"):
-            ops.location_scale(x, x[:, :1], torch.float32, "fused")
-        with pytest.raises(RuntimeError, match=f"cannot run.*{why}"):
-            ops.gram(x, scale.new_empty(2, 0, 4), scale, "samples", torch.float64, "fused")
+    x, scale = torch.randn(2, 3, 8)[:, :, ::2], torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"cannot run.*rows without gaps"):
+        ops.location_scale(x, x[:, :1], torch.float32, "fused")
+    with pytest.raises(RuntimeError, match=r"cannot run.*rows without gaps"):
+        ops.gram(x, scale.new_empty(2, 0, 4), scale, "samples", torch.float64, "fused")
     with pytest.raises(RuntimeError, match=r"float64 Gram matrices, not torch\.float32"):
         ops.rational([torch.eye(3)[None]], [True], torch.float32, True, "fused")
 
@@ -289,6 +286,34 @@ def test_rational_from_samples_is_its_three_steps(dtype, center):
                 for got, step in zip(found, expected, strict=True):
                     assert got.dtype == step.dtype
                     assert torch.equal(got, step)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_have_the_bits_of_float32(dtype):
+    """Widened as they are read; the gradient is that of float32, rounded."""
+    spread = torch.logspace(-40, 5, 66, base=2)  # float16 has subnormal numbers from 2^-14 down
+    shapes = [(1, 1, 1), (3, 5, 7), (2, 64, 65), (21, 16, 33), (21, 33, 15), (1, 300, 9)]
+    xs = [(torch.randn(shape) + spread[: shape[2]]).to(dtype) for shape in shapes]
+    xs += [inputs((2, 12, 40), dtype), xs[1].clone(), xs[1] * 0]
+    xs[-2][0, 2, 3], xs[-2][1, 0, 0] = torch.nan, torch.inf
+    for x in xs:
+        wide = x.float()
+        side = "samples" if x.shape[1] <= x.shape[2] else "features"
+        n = min(x.shape[1:])
+        for compute in (torch.float32, torch.float64):
+            m = torch.randn(x.shape[0], n, n, dtype=compute)
+            g = torch.randn(x.shape[0], dtype=compute)
+            for anchor in (1, 0):
+                for backend in backends(x):
+                    found = []
+                    for y in (x, wide):
+                        at = ops.location_scale(y, y[:, :anchor], compute, backend)
+                        gram = ops.gram(y, *at, side, torch.float64, backend)
+                        gradient = ops.gram_backward(m + m.mT, y, *at, g, side, backend)
+                        assert gradient.dtype == y.dtype
+                        found.append((*at, gram, gradient.to(dtype)))
+                    for got, expected in zip(*found, strict=True):
+                        assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_power_of_two():

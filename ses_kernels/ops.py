@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ses_kernels import crossover, rational_coefficients, torch_rows
+from ses_kernels.checks import FLOATING
 
 EXTENSION_MISSING: str | None = None
 try:
@@ -186,19 +187,19 @@ def _unreadable(*xs: Tensor) -> str | None:
     """Why the extension cannot read one of xs as it lies."""
     if EXTENSION_MISSING:
         return EXTENSION_MISSING
-    for x in xs:
-        if x.dtype not in (torch.float32, torch.float64):
-            return f"the CPU kernels read float32 and float64 samples, and got {x.dtype}"
-        if x.stride(2) != 1:
-            return "the CPU kernels read rows without gaps"
+    if any(x.stride(2) != 1 for x in xs):
+        return "the CPU kernels read rows without gaps"
     return None
 
 
 # Values as the extension takes them; each checks itself there.
 
 
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATING}
+
+
 def _samples(x: Tensor) -> tuple:
-    return x.data_ptr(), x.element_size(), x.stride(), x.shape
+    return x.data_ptr(), NAMES[x.dtype], x.stride(), x.shape
 
 
 def _standard(location: Tensor, scale: Tensor) -> tuple:

@@ -62,7 +62,7 @@ def solve(
     itemsize, at, h_at = h.element_size(), saved.data_ptr(), h.data_ptr()
     layers = []
     for x, (layout, by_samples, b, _, m, location, scale, _) in zip(xs, places, strict=True):
-        samples = x.data_ptr(), itemsize, *layout
+        samples = x.data_ptr(), ops.NAMES[x.dtype], *layout
         location_at = at + location * itemsize if center else 0
         m_at = at + m * itemsize if gradient else 0
         layers.append((samples, by_samples, location_at, at + scale * itemsize, h_at, m_at))
@@ -86,7 +86,7 @@ def gradients(
         if needs:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
             d = x.shape[-1]
-            samples = x.data_ptr(), itemsize, *layout
+            samples = x.data_ptr(), ops.NAMES[x.dtype], *layout
             location_at = at + location * itemsize if center else 0
             standard = location_at, (2 * d, d, 1), at + scale * itemsize, itemsize
             ops._C.gram_backward(

@@ -27,6 +27,22 @@ Number inverse_power_of_two(Number largest) {
   return scale;
 }
 
+// f(Sample()) of the samples' type, around the loops that read or write them: the products between
+// are compiled once.
+template <typename Number, typename Function>
+SES_INLINE void with_sample(SampleType type, Function f) {
+  switch (type) {
+    case SampleType::kFloat16:
+      return f(Float16());
+    case SampleType::kBfloat16:
+      return f(Bfloat16());
+    case SampleType::kFloat32:
+      return f(float());
+    case SampleType::kFloat64:
+      if constexpr (sizeof(Number) == sizeof(double)) return f(double());
+  }
+}
+
 template <typename Pack>
 SES_INLINE Pack larger(const Pack& a, const Pack& b) {
   return select(a < b, b, a);
@@ -35,7 +51,7 @@ SES_INLINE Pack larger(const Pack& a, const Pack& b) {
 // Columns [first, first + kPacks packs) of those before `last`, all there if kWhole; returns the
 // largest |x - anchor|.
 template <int kPacks, bool kWhole, typename Pack, typename Sample, typename Number>
-SES_INLINE Pack locate_strip(const Samples<Sample>& s, const Sample* x, long first, long last,
+SES_INLINE Pack locate_strip(const Samples& s, const Sample* x, long first, long last,
                              const Sample* anchor, Number* location) {
   const auto read = [&](const Sample* from, int p) {
     const long column = first + p * Pack::kLanes;
@@ -70,20 +86,25 @@ SES_INLINE Pack locate_strip(const Samples<Sample>& s, const Sample* x, long fir
   return largest[0];
 }
 
-template <typename Sample, typename Number>
-Number locate(const Samples<Sample>& s, long matrix, long first, long last, const Sample* anchor,
-              Number* location) {
+template <typename Number>
+Number locate(const Samples& s, long matrix, long first, long last, const void* anchors,
+              long anchor_stride, Number* location) {
   using Pack = Line<Number>;
   constexpr int kPacks = 4;
-  const Sample* x = s.x + matrix * s.matrix_stride;
   Pack largest = Pack::broadcast(0);
-  long j = first;
-  for (; j + kPacks * Pack::kLanes <= last; j += kPacks * Pack::kLanes)
-    largest = larger(largest, locate_strip<kPacks, true, Pack>(s, x, j, last, anchor, location));
-  for (; j + Pack::kLanes <= last; j += Pack::kLanes)
-    largest = larger(largest, locate_strip<1, true, Pack>(s, x, j, last, anchor, location));
-  if (j < last)
-    largest = larger(largest, locate_strip<1, false, Pack>(s, x, j, last, anchor, location));
+  with_sample<Number>(s.type, [&](auto sample) {
+    using Sample = decltype(sample);
+    const Sample* x = static_cast<const Sample*>(s.x) + matrix * s.matrix_stride;
+    const Sample* anchor = static_cast<const Sample*>(anchors);
+    if (anchor != nullptr) anchor += matrix * anchor_stride;
+    long j = first;
+    for (; j + kPacks * Pack::kLanes <= last; j += kPacks * Pack::kLanes)
+      largest = larger(largest, locate_strip<kPacks, true, Pack>(s, x, j, last, anchor, location));
+    for (; j + Pack::kLanes <= last; j += Pack::kLanes)
+      largest = larger(largest, locate_strip<1, true, Pack>(s, x, j, last, anchor, location));
+    if (j < last)
+      largest = larger(largest, locate_strip<1, false, Pack>(s, x, j, last, anchor, location));
+  });
   Number lane[Pack::kLanes], most = 0;
   __builtin_memcpy(lane, &largest, sizeof(lane));
   for (const Number value : lane) most = most < value ? value : most;
@@ -98,8 +119,8 @@ struct Standardized {
   const Number *anchor, *offset;  // null: no centring
   Number scale;
 
-  Standardized(const Samples<Sample>& samples, const Standard<Number>& standard, long matrix)
-      : x(samples.x + matrix * samples.matrix_stride),
+  Standardized(const Samples& samples, const Standard<Number>& standard, long matrix)
+      : x(static_cast<const Sample*>(samples.x) + matrix * samples.matrix_stride),
         row_stride(samples.row_stride),
         rows(samples.rows),
         columns(samples.columns),
@@ -144,10 +165,10 @@ struct Standardized {
 
 // A batch of small matrices comes from memory faster than it is asked for in strips of eight rows:
 // what the next ones need is asked for while these are worked on.
-template <typename Sample>
-void prefetch_samples(const Samples<Sample>& samples, long first, long count) {
+void prefetch_samples(const Samples& samples, long first, long count) {
+  const long matrix = samples.matrix_stride * itemsize(samples.type);
   if (first + count <= samples.batch)
-    prefetch(samples.x + first * samples.matrix_stride, count * samples.matrix_stride);
+    prefetch(static_cast<const char*>(samples.x) + first * matrix, count * matrix);
 }
 
 // ---- the Gram matrix ----
@@ -163,33 +184,43 @@ long packed_bytes(long n) {
   return panels * chunk(panels) * static_cast<long>(sizeof(Line<double>));
 }
 
-// Rows of blocks part, part + parts, ... in panels: sums [panels, rows].
+// `count` of the contracted axis, from `first` on: [panels, step].
 template <typename Sample, typename Number>
-void gram_panels(const Samples<Sample>& samples, const Standard<Number>& standard, Side side,
-                 long matrix, int part, int parts, Line<double>* sums, Line<double>* packed) {
+void pack_panels(const Standardized<Sample, Number>& xs, bool by_samples, long first, long count,
+                 long step, Line<double>* packed) {
   using Pack = Line<double>;
-  const Standardized<Sample, Number> xs(samples, standard, matrix);
+  const long n = by_samples ? xs.rows : xs.columns;
+  for (long p = 0; p * kPanelColumns < n; ++p) {
+    if (!by_samples) {
+      xs.template at<Pack>(p * kPanelColumns).copy(first, count, packed + p * step);
+      continue;
+    }
+    for (long k = 0; k < count; k += kPanelColumns) {
+      const auto columns = xs.template at<Pack>(first + k);
+      Pack block[kPanelColumns];
+      for (int i = 0; i < kPanelColumns; ++i)
+        block[i] = p * kPanelColumns + i < n ? columns[p * kPanelColumns + i] : Pack::broadcast(0);
+      Square<Pack>::transpose(block, packed + p * step + k);
+    }
+  }
+}
+
+// Rows of blocks part, part + parts, ... in panels: sums [panels, rows].
+template <typename Number>
+void gram_panels(const Samples& samples, const Standard<Number>& standard, Side side, long matrix,
+                 int part, int parts, Line<double>* sums, Line<double>* packed) {
+  using Pack = Line<double>;
   const bool by_samples = side == Side::kSamples;
-  const long n = by_samples ? xs.rows : xs.columns, depth = by_samples ? xs.columns : xs.rows;
+  const long n = by_samples ? samples.rows : samples.columns;
+  const long depth = by_samples ? samples.columns : samples.rows;
   const long panels = (n + kPanelColumns - 1) / kPanelColumns, rows = panels * kPanelColumns,
              step = chunk(panels);
   for (long first = 0; first < depth; first += step) {
     const long count = depth - first < step ? depth - first : step;
-    if (by_samples) {
-      for (long p = 0; p < panels; ++p) {
-        for (long k = 0; k < count; k += kPanelColumns) {
-          const auto columns = xs.template at<Pack>(first + k);
-          Pack block[kPanelColumns];
-          for (int i = 0; i < kPanelColumns; ++i)
-            block[i] =
-                p * kPanelColumns + i < n ? columns[p * kPanelColumns + i] : Pack::broadcast(0);
-          Square<Pack>::transpose(block, packed + p * step + k);
-        }
-      }
-    } else {
-      for (long p = 0; p < panels; ++p)
-        xs.template at<Pack>(p * kPanelColumns).copy(first, count, packed + p * step);
-    }
+    with_sample<Number>(samples.type, [&](auto sample) {
+      const Standardized<decltype(sample), Number> xs(samples, standard, matrix);
+      pack_panels(xs, by_samples, first, count, step, packed);
+    });
     for (long b = part; b < panels; b += parts) {
       for_widths(static_cast<int>(b) + 1, [&](int c, auto width) {
         for (int j = 0; j < kPanelColumns; j += kTileRows) {
@@ -213,8 +244,8 @@ long gram_bytes(long n) {
   return packed_bytes(n) + rows * rows * static_cast<long>(sizeof(double));
 }
 
-template <typename Sample, typename Number, typename Entry>
-void gram(const Samples<Sample>& samples, const Standard<Number>& standard, Side side, long matrix,
+template <typename Number, typename Entry>
+void gram(const Samples& samples, const Standard<Number>& standard, Side side, long matrix,
           int part, int parts, Entry* out, void* workspace) {
   const long n = side == Side::kSamples ? samples.rows : samples.columns;
   const long panels = (n + kPanelColumns - 1) / kPanelColumns, rows = panels * kPanelColumns;
@@ -254,9 +285,9 @@ long interleaved_bytes(long n) {
 // Xs of a bundle: entry (first_row + i, column + j) to out[i * down + j * right],
 // for eight columns or those that there are.
 template <bool kWhole, typename Sample, typename Number>
-void interleave_samples(const Samples<Sample>& samples, const Standard<Number>& standard,
-                        long first, int count, long column, long first_row, long rows,
-                        Line<double>* out, long down, long right) {
+void interleave_samples(const Samples& samples, const Standard<Number>& standard, long first,
+                        int count, long column, long first_row, long rows, Line<double>* out,
+                        long down, long right) {
   using Pack = Line<double>;
   typename Standardized<Sample, Number>::template Columns<Pack> at[kBundle];
   for (int lane = 0; lane < kBundle; ++lane)
@@ -273,8 +304,8 @@ void interleave_samples(const Samples<Sample>& samples, const Standard<Number>& 
   }
 }
 
-template <typename Sample, typename Number>
-void gram_interleaved(const Samples<Sample>& samples, const Standard<Number>& standard, Side side,
+template <typename Number>
+void gram_interleaved(const Samples& samples, const Standard<Number>& standard, Side side,
                       long first, int count, Line<double>* k, Line<double>* packed) {
   using Pack = Line<double>;
   const bool by_samples = side == Side::kSamples;
@@ -286,12 +317,15 @@ void gram_interleaved(const Samples<Sample>& samples, const Standard<Number>& st
     const long length = depth - begin < step ? depth - begin : step;
     const long columns = by_samples ? length : n, down = by_samples ? 1 : rows;
     const long right = by_samples ? rows : 1;
-    for (long c = 0; c < columns; c += kPanelColumns) {
-      const auto pack = columns - c < kPanelColumns ? interleave_samples<false, Sample, Number>
-                                                    : interleave_samples<true, Sample, Number>;
-      pack(samples, standard, first, count, by_samples ? begin + c : c, by_samples ? 0 : begin,
-           by_samples ? n : length, packed + c * right, down, right);
-    }
+    with_sample<Number>(samples.type, [&](auto sample) {
+      using Sample = decltype(sample);
+      for (long c = 0; c < columns; c += kPanelColumns) {
+        const auto pack = columns - c < kPanelColumns ? interleave_samples<false, Sample, Number>
+                                                      : interleave_samples<true, Sample, Number>;
+        pack(samples, standard, first, count, by_samples ? begin + c : c, by_samples ? 0 : begin,
+             by_samples ? n : length, packed + c * right, down, right);
+      }
+    });
     for (long i = 0; i < length; ++i)
       for (long r = n; r < rows; ++r) packed[i * rows + r] = Pack::broadcast(0);
 
@@ -320,8 +354,8 @@ long arranged_bytes(Arrangement arrangement, long n) {
   return arrangement == Arrangement::kInterleaved ? interleaved_bytes(n) : packed_bytes(n);
 }
 
-template <typename Sample, typename Number>
-void gram_arranged(Arrangement arrangement, const Samples<Sample>& samples,
+template <typename Number>
+void gram_arranged(Arrangement arrangement, const Samples& samples,
                    const Standard<Number>& standard, Side side, long first, int count,
                    double* grams, void* workspace) {
   prefetch_samples(samples, first + count, count);
@@ -347,29 +381,33 @@ long backward_bytes(long n) {
   return (by_samples > by_features ? by_samples : by_features) * static_cast<long>(sizeof(Pack));
 }
 
-template <typename Pack, typename Sample, int kWidth>
-SES_INLINE void store_rows(const Pack (&sum)[kTileRows][kWidth], Sample* out, long stride,
-                           long rows, long columns) {
+// A tile of sums to the samples' type, `first` on.
+template <typename Pack, int kWidth>
+SES_INLINE void store_rows(const Pack (&sum)[kTileRows][kWidth], void* out, SampleType type,
+                           long first, long stride, long rows, long columns) {
   constexpr int kLast = kWidth - 1;  // the only one that can be cut
-  for (int r = 0; r < kTileRows && r < rows; ++r) {
-    for (int p = 0; p < kLast; ++p) store(sum[r][p], out + r * stride + p * Pack::kLanes);
-    store(sum[r][kLast], out + r * stride + kLast * Pack::kLanes, columns - kLast * Pack::kLanes);
-  }
+  with_sample<typename Pack::Scalar>(type, [&](auto sample) {
+    auto* to = static_cast<decltype(sample)*>(out) + first;
+    for (int r = 0; r < kTileRows && r < rows; ++r, to += stride) {
+      for (int p = 0; p < kLast; ++p) store(sum[r][p], to + p * Pack::kLanes);
+      store(sum[r][kLast], to + kLast * Pack::kLanes, columns - kLast * Pack::kLanes);
+    }
+  });
 }
 
-template <typename Sample, typename Number>
-void backward(const Number* m, const Samples<Sample>& samples, const Standard<Number>& standard,
-              Number coefficient, Side side, long matrix, int part, int parts, Sample* out,
+template <typename Number>
+void backward(const Number* m, const Samples& samples, const Standard<Number>& standard,
+              Number coefficient, Side side, long matrix, int part, int parts, void* out,
               void* workspace) {
   using Pack = Line<Number>;
-  const Standardized<Sample, Number> xs(samples, standard, matrix);
   const Pack factor = Pack::broadcast(coefficient);
-  const long rows = xs.rows, columns = xs.columns;
+  const long rows = samples.rows, columns = samples.columns;
+  const long bytes = rows * columns * itemsize(samples.type);
   if (parts == 1 && matrix + 1 < samples.batch) {
     const long square = side == Side::kSamples ? rows * rows : columns * columns;
     prefetch_samples(samples, matrix + 1, 1);
     prefetch(m + square, square);
-    prefetch<kWrite>(out + rows * columns, rows * columns);
+    prefetch<kWrite>(static_cast<char*>(out) + bytes, bytes);
   }
   const long column_panels = (columns + Pack::kLanes - 1) / Pack::kLanes;
   const long row_panels = (rows + kPanelColumns - 1) / kPanelColumns;
@@ -396,14 +434,17 @@ void backward(const Number* m, const Samples<Sample>& samples, const Standard<Nu
     for_widths(static_cast<int>(end - begin), [&](int c, auto width) {
       constexpr int kWidth = decltype(width)::value;
       const long column = (begin + c) * Pack::kLanes;
-      for (int p = 0; p < kWidth; ++p)
-        xs.template at<Pack>(column + p * Pack::kLanes).copy(0, n, right + p * n);
+      with_sample<Number>(samples.type, [&](auto sample) {
+        const Standardized<decltype(sample), Number> xs(samples, standard, matrix);
+        for (int p = 0; p < kWidth; ++p)
+          xs.template at<Pack>(column + p * Pack::kLanes).copy(0, n, right + p * n);
+      });
       for (long r = 0; r < n; r += kTileRows) {
         Pack sum[kTileRows][kWidth];
         clear(sum);
         multiply_tile(n, left + r / kPanelColumns * kPanelColumns * n + r % kPanelColumns,
                       kPanelColumns, 1, right, n, sum);
-        store_rows(sum, out + r * columns + column, columns, n - r, columns - column);
+        store_rows(sum, out, samples.type, r * columns + column, columns, n - r, columns - column);
       }
     });
     return;
@@ -417,11 +458,14 @@ void backward(const Number* m, const Samples<Sample>& samples, const Standard<Nu
   for (long b = row_panels * part / parts; b < row_panels * (part + 1) / parts; ++b) {
     const long first = b * kPanelColumns,
                count = rows - first < kPanelColumns ? rows - first : kPanelColumns;
-    for (long p = 0; p < column_panels; ++p) {
-      const auto at = xs.template at<Pack>(p * Pack::kLanes);
-      for (int i = 0; i < kPanelColumns; ++i)
-        left[i * column_panels + p] = i < count ? at[first + i] : Pack::broadcast(0);
-    }
+    with_sample<Number>(samples.type, [&](auto sample) {
+      const Standardized<decltype(sample), Number> xs(samples, standard, matrix);
+      for (long p = 0; p < column_panels; ++p) {
+        const auto at = xs.template at<Pack>(p * Pack::kLanes);
+        for (int i = 0; i < kPanelColumns; ++i)
+          left[i * column_panels + p] = i < count ? at[first + i] : Pack::broadcast(0);
+      }
+    });
     for (int j = 0; j < count; j += kTileRows) {
       for_widths(static_cast<int>(column_panels), [&](int c, auto width) {
         Pack sum[kTileRows][decltype(width)::value];
@@ -429,7 +473,8 @@ void backward(const Number* m, const Samples<Sample>& samples, const Standard<Nu
         multiply_tile(n, reinterpret_cast<const Number*>(left) + j * stride, 1, stride,
                       right + c * n, n, sum);
         const long column = c * Pack::kLanes;
-        store_rows(sum, out + (first + j) * columns + column, columns, count - j, columns - column);
+        store_rows(sum, out, samples.type, (first + j) * columns + column, columns, count - j,
+                   columns - column);
       });
     }
   }
@@ -437,18 +482,17 @@ void backward(const Number* m, const Samples<Sample>& samples, const Standard<Nu
 
 }  // namespace
 
-template <typename Sample, typename Number>
-const GramKernels<Sample, Number>& gram_kernels() {
-  static constexpr GramKernels<Sample, Number> kernels = {
-      locate<Sample, Number>,        inverse_power_of_two<Number>, gram_bytes,
-      gram<Sample, Number, double>,  gram<Sample, Number, float>,  arranged_bytes,
-      gram_arranged<Sample, Number>, backward_bytes<Number>,       backward<Sample, Number>,
+template <typename Number>
+const GramKernels<Number>& gram_kernels() {
+  static constexpr GramKernels<Number> kernels = {
+      locate<Number>,        inverse_power_of_two<Number>, gram_bytes,
+      gram<Number, double>,  gram<Number, float>,          arranged_bytes,
+      gram_arranged<Number>, backward_bytes<Number>,       backward<Number>,
   };
   return kernels;
 }
-template const GramKernels<float, float>& gram_kernels<float, float>();
-template const GramKernels<float, double>& gram_kernels<float, double>();
-template const GramKernels<double, double>& gram_kernels<double, double>();
+template const GramKernels<float>& gram_kernels<float>();
+template const GramKernels<double>& gram_kernels<double>();
 
 }  // namespace SES_ISA
 }  // namespace ses

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "arrangement.h"
+#include "float16-inl.h"
 #include "simd-inl.h"
 
 namespace ses {
@@ -35,36 +36,70 @@ SES_INLINE Out widen(In x) {
   return __builtin_convertvector(x, Out);
 }
 
+// Registers of Stored to the numbers of Vec, and back.
+template <typename Vec, typename Stored, typename In>
+SES_INLINE Vec decode(In x) {
+  if constexpr (sizeof(Stored) == 2)
+    return widen<Vec>(to_floats(Stored(), x));
+  else
+    return widen<Vec>(x);
+}
+template <typename Out, typename Stored, typename Vec>
+SES_INLINE Out encode(Vec x) {
+  if constexpr (sizeof(Stored) == 2) {
+    typedef float Floats __attribute__((vector_size(2 * sizeof(Out))));
+    return from_floats(Stored(), __builtin_convertvector(x, Floats));
+  } else {
+    return __builtin_convertvector(x, Out);
+  }
+}
+
+template <typename Pack, typename Stored>
+struct StoredAs {
+  static constexpr int kPerRegister = sizeof(typename Pack::Vec) / sizeof(typename Pack::Scalar);
+  static constexpr int kRegisters = Pack::kLanes / kPerRegister;
+  using Element = typename ElementOf<Stored>::Type;
+  typedef Element Vec __attribute__((vector_size(kPerRegister * sizeof(Element))));
+};
+
 // As many numbers as there are lanes, converted to Pack's.
 template <typename Pack, typename Stored>
 SES_INLINE Pack load(const Stored* x) {
-  using Vec = typename Pack::Vec;
-  constexpr int kPerRegister = sizeof(Vec) / sizeof(typename Pack::Scalar);
-  typedef Stored In __attribute__((vector_size(kPerRegister * sizeof(Stored))));
+  using As = StoredAs<Pack, Stored>;
   Pack y;
-  for (unsigned i = 0; i < sizeof(y.r) / sizeof(y.r[0]); ++i) {
-    In in;
-    __builtin_memcpy(&in, x + i * kPerRegister, sizeof(in));
-    y.r[i] = widen<Vec>(in);
+  for (int i = 0; i < As::kRegisters; ++i) {
+    typename As::Vec in;
+    __builtin_memcpy(&in, x + i * As::kPerRegister, sizeof(in));
+    y.r[i] = decode<typename Pack::Vec, Stored>(in);
   }
   return y;
 }
 template <typename Pack, typename Stored>
 SES_INLINE void store(const Pack& y, Stored* out) {
-  constexpr int kPerRegister = sizeof(typename Pack::Vec) / sizeof(typename Pack::Scalar);
-  typedef Stored Out __attribute__((vector_size(kPerRegister * sizeof(Stored))));
-  for (unsigned i = 0; i < sizeof(y.r) / sizeof(y.r[0]); ++i) {
-    const Out rounded = __builtin_convertvector(y.r[i], Out);
-    __builtin_memcpy(out + i * kPerRegister, &rounded, sizeof(rounded));
+  using As = StoredAs<Pack, Stored>;
+  for (int i = 0; i < As::kRegisters; ++i) {
+    const auto rounded = encode<typename As::Vec, Stored>(y.r[i]);
+    __builtin_memcpy(out + i * As::kPerRegister, &rounded, sizeof(rounded));
   }
 }
 
 // At the end of a row: the first `count` numbers, at least one, and 0 in the lanes beyond. Out of
-// line, so that the loops stay short.
+// line, so that the loops stay short. Numbers of 16 bits are read by twos, which AVX2 can mask.
 template <typename Pack, typename Stored>
 __attribute__((noinline)) static Pack load_part(const Stored* x, long count) {
   Stored padded[Pack::kLanes];
-  for (int i = 0; i < Pack::kLanes; ++i) padded[i] = i < count ? x[i] : Stored(0);
+  if constexpr (sizeof(Stored) == 2) {
+    typedef unsigned Two __attribute__((may_alias, aligned(2)));
+    const Stored last[2] = {x[count - 1], {}};
+    Two odd;
+    __builtin_memcpy(&odd, last, sizeof(odd));
+    const Two* from = reinterpret_cast<const Two*>(x);
+    Two* to = reinterpret_cast<Two*>(padded);
+    for (int i = 0; i < Pack::kLanes / 2; ++i)
+      to[i] = 2 * i + 1 < count ? from[i] : 2 * i < count ? odd : 0;
+  } else {
+    for (int i = 0; i < Pack::kLanes; ++i) padded[i] = i < count ? x[i] : 0;
+  }
   return load<Pack>(padded);
 }
 template <typename Pack, typename Stored>
@@ -78,23 +113,32 @@ __attribute__((noinline)) static void store_part(const Pack& y, Stored* out, lon
 #if defined(__AVX512F__)
 template <typename Pack, typename Stored>
 SES_INLINE Pack load_masked(const Stored* x, unsigned mask) {
-  Pack y;
+  using Vec = typename Pack::Vec;
+  typedef unsigned short Shorts __attribute__((vector_size(2 * Pack::kLanes)));
   if constexpr (sizeof(Stored) == sizeof(double))
-    y.r[0] = _mm512_maskz_loadu_pd(mask, x);
+    return {{_mm512_maskz_loadu_pd(mask, x)}};
+  else if constexpr (sizeof(Stored) == sizeof(float) && Pack::kLanes == 16)
+    return {{_mm512_maskz_loadu_ps(mask, x)}};
+  else if constexpr (sizeof(Stored) == sizeof(float))
+    return {{widen<Vec>(_mm256_maskz_loadu_ps(mask, x))}};
   else if constexpr (Pack::kLanes == 16)
-    y.r[0] = _mm512_maskz_loadu_ps(mask, x);
+    return {{decode<Vec, Stored>((Shorts)_mm256_maskz_loadu_epi16(mask, x))}};
   else
-    y.r[0] = widen<typename Pack::Vec>(_mm256_maskz_loadu_ps(mask, x));
-  return y;
+    return {{decode<Vec, Stored>((Shorts)_mm_maskz_loadu_epi16(mask, x))}};
 }
 template <typename Pack, typename Stored>  // y by value: a reference crashes GCC 12 at -O1
 SES_INLINE void store_masked(Pack y, Stored* out, unsigned mask) {
+  typedef unsigned short Shorts __attribute__((vector_size(2 * Pack::kLanes)));
   if constexpr (sizeof(Stored) == sizeof(double))
     _mm512_mask_storeu_pd(out, mask, y.r[0]);
-  else if constexpr (Pack::kLanes == 16)
+  else if constexpr (sizeof(Stored) == sizeof(float) && Pack::kLanes == 16)
     _mm512_mask_storeu_ps(out, mask, y.r[0]);
-  else
+  else if constexpr (sizeof(Stored) == sizeof(float))
     _mm256_mask_storeu_ps(out, mask, _mm512_maskz_cvtpd_ps(0xff, y.r[0]));
+  else if constexpr (Pack::kLanes == 16)
+    _mm256_mask_storeu_epi16(out, mask, (__m256i)encode<Shorts, Stored>(y.r[0]));
+  else
+    _mm_mask_storeu_epi16(out, mask, (__m128i)encode<Shorts, Stored>(y.r[0]));
 }
 #endif
 

@@ -446,7 +446,9 @@ struct SampleCase {
   bool by_samples() const { return rows <= columns; }
   int n() const { return static_cast<int>(by_samples() ? rows : columns); }
   ses::SampleLayer<T> layer() {
-    return {{x.data(), rows * columns, columns, batch, rows, columns},
+    const bool single = sizeof(T) == sizeof(float);
+    return {{x.data(), single ? ses::SampleType::kFloat32 : ses::SampleType::kFloat64,
+             rows * columns, columns, batch, rows, columns},
             by_samples() ? ses::Side::kSamples : ses::Side::kFeatures,
             center ? location.data() : nullptr,
             scale.data(),
