@@ -22,7 +22,7 @@ def main() -> None:
         info = ops._C.info()
         cuda = ", ".join(f"sm_{a}" for a in info["cuda_archs"]) or "built without CUDA"
         print(f"  extension   CPU {info['isa']}; CUDA {info['cuda_version'] or '-'}: {cuda}")
-    _device(torch.device("cpu"), "CPU", ops.EXTENSION_MISSING, "the extension (float32, float64)")
+    _device(torch.device("cpu"), "CPU", ops.EXTENSION_MISSING, "the extension")
     if not torch.cuda.is_available():
         print("cuda        missing: torch.cuda.is_available() is False")
     for index in range(torch.cuda.device_count()):
