@@ -418,7 +418,7 @@ PYBIND11_MODULE(_C, m) {
       "dH/dK by partial fractions of the logarithm;\n"
       "- rational_from_samples_cpu: all of that in one call.\n\n"
       "max_n_cpu, max_n_cuda and max_n_rational_cuda say how large a matrix may be, info what was "
-      "built.";
+      "built, and use_isa takes another instruction set of this CPU.";
   m.def("eigh_cpu", &eigh_cpu, py::arg("a"), py::arg("w"), py::arg("v"), py::arg("batch"),
         py::arg("n"), py::arg("itemsize"), py::arg("threads"),
         "a (batch, n, n) -> w (batch, n) ascending, v (batch, n, n), eigenvectors as rows; "

@@ -195,7 +195,7 @@ def test_loops_by_which_a_busy_host_shows(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bench_command_writes_complete_rows(tmp_path: Path) -> None:
     results = tmp_path / "rows.json"
-    earlier = {"mode": "training", "skipped": "an earlier run"}
+    earlier = {"mode": "training", "skipped": "an earlier run", "device": "a CPU", "threads": 2}
     results.write_text(json.dumps({"rows": [earlier]}))
     # A pytest of its own, that must not take itself for a worker of this one.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
