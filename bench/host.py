@@ -15,8 +15,6 @@ import tempfile
 from functools import cache, partial
 from pathlib import Path
 
-import torch
-
 from bench.provenance import isa
 from bench.timing import Clock, cpu_clock, quartiles, rounded
 
@@ -32,27 +30,28 @@ def _library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "c++").split()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "reference.so")
-        command = [*compiler, "-O3", "-shared", "-fPIC", "-pthread", str(SOURCE), "-o", str(target)]
+        command = [*compiler, "-O3", "-shared", "-fPIC", str(SOURCE), "-o", str(target)]
         subprocess.run(command, check=True, capture_output=True)
         library = ctypes.CDLL(str(target))
     library.additions.argtypes = [ctypes.c_long]
-    library.multiply_adds.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    library.multiply_adds.argtypes = [ctypes.c_int, ctypes.c_long]
     return library
 
 
 def clocks() -> dict[str, Clock]:
     """Of both loops; none without a compiler.
 
-    The second is in registers of the instruction set in use, on as many threads as torch has.
+    The second is in registers of the instruction set in use, and on one thread: workers of torch
+    that spin for a while after a call would slow a second.
     """
     try:
         library = _library()
     except (OSError, subprocess.CalledProcessError):
         return {}
-    width, threads = REGISTER_BYTES.get(isa(), 16), torch.get_num_threads()
+    width = REGISTER_BYTES.get(isa(), 16)
     return {
         CLOCK: cpu_clock(partial(library.additions, ADDITIONS)),
-        LOOP: cpu_clock(partial(library.multiply_adds, width, threads, MULTIPLY_ADDS)),
+        LOOP: cpu_clock(partial(library.multiply_adds, width, MULTIPLY_ADDS)),
     }
 
 

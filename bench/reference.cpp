@@ -1,6 +1,4 @@
 // Two loops of fixed work, by whose time a busy hour shows. Compiled and timed by bench/host.py.
-#include <thread>
-#include <vector>
 
 // `count` additions, each of which waits for the one before: a cycle each. Of registers, because
 // some cores add a constant for nothing.
@@ -36,15 +34,12 @@ MULTIPLY_ADDS(avx2, 32, __attribute__((target("avx2,fma"))))
 MULTIPLY_ADDS(avx512, 64, __attribute__((target("avx512f"))))
 #endif
 
-// In as many threads, each the same; bytes of a register: 16, 32 or 64.
-extern "C" void multiply_adds(int bytes, int threads, long count) {
+// Bytes of a register: 16, 32 or 64.
+extern "C" void multiply_adds(int bytes, long count) {
   auto* loop = narrow;
 #if defined(__x86_64__)
   if (bytes == 32) loop = avx2;
   if (bytes == 64) loop = avx512;
 #endif
-  std::vector<std::thread> team;
-  for (int i = 1; i < threads; ++i) team.emplace_back(loop, count);
   loop(count);
-  for (std::thread& thread : team) thread.join();
 }
