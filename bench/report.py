@@ -26,6 +26,12 @@ IN_SHORT = {  # shapes of the table that the README has, and their names there
     "ViT-B-heads-3072x197x64": "ViT-B heads, 3072 of 197 x 64",
     "4096x16x32": "4096 of 16 x 32",
 }
+SHAPES = IN_SHORT | {
+    "4096x8x16": "4096 of 8 x 16",
+    "1024x32x64": "1024 of 32 x 64",
+    "1x512x1024": "one of 512 x 1024",
+    "2x512x1024": "two of 512 x 1024",
+}
 OTHERS = {  # its providers, and their names there
     "paper": "paper's recipe",
     "svdvals": "svdvals",
@@ -163,12 +169,13 @@ def _lines(titles: list[str], lines: Iterable[list[str]]) -> str:
 def _table_by_isa(measured: list[Row], name: str) -> str:
     """Empty where there is only one."""
     steps = [r for r in measured if r["mode"] in ("forward+backward", "sweep")]
-    isas = sorted({row["isa"] for row in steps if row.get("isa")})
+    isas = {row["isa"] for row in steps if row.get("isa")}
+    isas = sorted(isas, key=lambda isa: -REGISTER_BYTES.get(isa, 0))
     by_shape: dict[str, dict[str, str]] = {}
-    for (shape, _, mode, clock, isa), by_name in _grouped(steps).items():
-        line = f"{shape}, {mode}" if clock == "wall" else f"{shape}, {mode}, {clock}"
-        if name in by_name:
-            by_shape.setdefault(line, {})[isa] = _ratio(by_name[name], by_name.get(BASE))
+    for (shape, _, _, clock, isa), by_name in _grouped(steps).items():
+        line = SHAPES.get(shape, shape) + (f", {clock}" if clock != "wall" else "")
+        if name in by_name and BASE in by_name:
+            by_shape.setdefault(line, {})[isa] = _spread(by_name[name][f"over {BASE}"])
     lines = [[shape, *(cells.get(i, "-") for i in isas)] for shape, cells in by_shape.items()
              if len(cells) > 1]  # fmt: skip
     return _lines(["forward + backward", *isas], lines) if lines else ""
