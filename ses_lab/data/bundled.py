@@ -182,15 +182,13 @@ def spirals(
         samples: to train on; a quarter as many more are the test set.
         noise: standard deviation along each axis.
     """
-    if classes < 2:
-        raise ValueError(f"spirals need at least 2 classes, not {classes}")
     generator = torch.Generator().manual_seed(seed)
-    total = samples + samples // 4
-    labels = torch.arange(total)[torch.randperm(total, generator=generator)] % classes
-    radius = torch.rand(total, generator=generator).sqrt()  # as dense at the rim as in the middle
+    labels = _shuffled("spirals", classes, samples, generator)
+    # As dense at the rim as in the middle.
+    radius = torch.rand(len(labels), generator=generator).sqrt()
     angle = 2 * math.pi * (radius + labels / classes)
     points = torch.stack((radius * angle.cos(), radius * angle.sin()), 1)
-    points += noise * torch.randn(total, 2, generator=generator)
+    points += noise * torch.randn(len(labels), 2, generator=generator)
     return _toy("spirals", points, labels, samples, classes)
 
 
@@ -202,15 +200,20 @@ def rings(*, classes: int = 3, samples: int = 1000, noise: float = 0.03, seed: i
         samples: to train on; a quarter as many more are the test set.
         noise: standard deviation along each axis.
     """
-    if classes < 2:
-        raise ValueError(f"rings need at least 2 classes, not {classes}")
     generator = torch.Generator().manual_seed(seed)
-    total = samples + samples // 4
-    labels = torch.arange(total)[torch.randperm(total, generator=generator)] % classes
-    angle = 2 * math.pi * torch.rand(total, generator=generator)
+    labels = _shuffled("rings", classes, samples, generator)
+    angle = 2 * math.pi * torch.rand(len(labels), generator=generator)
     points = (labels[:, None] + 1) / classes * torch.stack((angle.cos(), angle.sin()), 1)
-    points += noise * torch.randn(total, 2, generator=generator)
+    points += noise * torch.randn(len(labels), 2, generator=generator)
     return _toy("rings", points, labels, samples, classes)
+
+
+def _shuffled(name: str, classes: int, samples: int, generator: torch.Generator) -> Tensor:
+    """Labels of the training points and a quarter as many test points, each class as often."""
+    if classes < 2:
+        raise ValueError(f"{name} need at least 2 classes, not {classes}")
+    total = samples + samples // 4
+    return torch.arange(total)[torch.randperm(total, generator=generator)] % classes
 
 
 def _toy(name: str, points: Tensor, labels: Tensor, samples: int, classes: int) -> Dataset:
