@@ -12,16 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ses_lab.rank import layer_of
+
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 DPI = 110
 WIDTH, ABREAST = 12.0, 4  # inches, panels: more is wider than a screen
 
 # Key of a row -> label of its axis, and what a layer of that row should be at.
 LAYERS = {
-    "entropy": (
-        "spectral entropy, nats",
-        lambda row, layer: row["target"][layer.partition("/")[0]],  # one of all heads of a layer
-    ),
+    "entropy": ("spectral entropy, nats", lambda row, layer: row["target"][layer_of(layer)]),
     "rank": ("effective rank", lambda row, layer: row["rank"][layer] / row["rank_ratio"][layer]),
     "rank_ratio": ("effective rank / d^beta", lambda row, layer: 1.0),
 }

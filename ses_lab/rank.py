@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from ses_kernels import SESRegularizer
 
 
+def layer_of(name: str) -> str:
+    """The layer of an entropy: of a head, ``blocks.0.attn:heads/3``, the one that has it."""
+    return name.partition("/")[0]
+
+
 def ranks(
     regularizer: SESRegularizer, model: nn.Module, images: Tensor, step: int
 ) -> dict[str, dict[str, float]]:
@@ -40,7 +45,7 @@ def ranks(
     return {
         "rank": {name: math.exp(h) for name, h in entropies.items()},
         "rank_ratio": {
-            name: math.exp(h - targets[name.partition("/")[0]]) for name, h in entropies.items()
+            name: math.exp(h - targets[layer_of(name)]) for name, h in entropies.items()
         },
     }
 

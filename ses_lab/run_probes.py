@@ -22,6 +22,7 @@ from ses_lab.config import Choice, ConfigError, Registry, registries
 from ses_lab.folder import RunFolder
 from ses_lab.models import classified
 from ses_lab.names import lookup, parameters
+from ses_lab.rank import layer_of
 
 # ---- what features are worth that were learned without labels ----
 # The network is frozen and in eval mode, batch norms included; its features are the inputs of its
@@ -163,11 +164,6 @@ def entropy_targets(folder: str | os.PathLike) -> dict[str, float]:
 def _of_ratios(ratios: Sequence[float]) -> dict[str, float]:  # rank / d^beta, the last layer's last
     near = [abs(ratio - 1) <= 0.1 for ratio in ratios]
     return {"ratio": float(np.mean(ratios)), "last_ratio": ratios[-1], "near": float(np.mean(near))}
-
-
-def layer_of(name: str) -> str:
-    """The layer of an entropy: of a head, ``blocks.0.attn:heads/3``, the one that has it."""
-    return name.partition("/")[0]
 
 
 def rank_dynamics(folder: str | os.PathLike) -> dict[str, float]:
