@@ -238,13 +238,108 @@ SES_INLINE typename Pack::Scalar sum_of_lanes(Pack a) {
   return lane[0];
 }
 
-// Blocks of eight packs of eight lanes: through memory, and within registers where one holds a pack
-// and the compiler can be told how to shuffle it.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SES_SHUFFLES
+#endif
+#endif
+
+#if defined(SES_SHUFFLES)
+
+// Of each pair of neighbouring runs of kRun lanes the first, of a and of b in turn; or the second.
+template <int kRun, typename Vec>
+SES_INLINE Vec first_runs(Vec a, Vec b) {
+  static_assert(sizeof(a[0]) == sizeof(double), "");
+  if constexpr (sizeof(Vec) == 64 && kRun == 4)
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+  else if constexpr (sizeof(Vec) == 64 && kRun == 2)
+    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+  else if constexpr (sizeof(Vec) == 64)
+    return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+  else if constexpr (sizeof(Vec) == 32 && kRun == 2)
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  else if constexpr (sizeof(Vec) == 32)
+    return __builtin_shufflevector(a, b, 0, 4, 2, 6);
+  else
+    return __builtin_shufflevector(a, b, 0, 2);
+}
+template <int kRun, typename Vec>
+SES_INLINE Vec second_runs(Vec a, Vec b) {
+  if constexpr (sizeof(Vec) == 64 && kRun == 4)
+    return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  else if constexpr (sizeof(Vec) == 64 && kRun == 2)
+    return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  else if constexpr (sizeof(Vec) == 64)
+    return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  else if constexpr (sizeof(Vec) == 32 && kRun == 2)
+    return __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  else if constexpr (sizeof(Vec) == 32)
+    return __builtin_shufflevector(a, b, 1, 5, 3, 7);
+  else
+    return __builtin_shufflevector(a, b, 1, 3);
+}
+
+// The same of packs: whole registers where a run is one or more.
+template <int kRun, typename Pack>
+SES_INLINE void split_runs(const Pack& a, const Pack& b, Pack& first, Pack& second) {
+  constexpr int kRegisters = sizeof(Pack) / sizeof(typename Pack::Vec);
+  constexpr int kEach = kRun * kRegisters / Pack::kLanes;  // registers of a run
+  if constexpr (kEach == 0) {
+    for (int i = 0; i < kRegisters; ++i) {
+      first.r[i] = first_runs<kRun>(a.r[i], b.r[i]);
+      second.r[i] = second_runs<kRun>(a.r[i], b.r[i]);
+    }
+  } else {
+    for (int i = 0; i < kRegisters; ++i) {
+      const bool is_of_b = i / kEach % 2 == 1;
+      const int at = is_of_b ? i - kEach : i;
+      first.r[i] = is_of_b ? b.r[at] : a.r[at];
+      second.r[i] = is_of_b ? b.r[at + kEach] : a.r[at + kEach];
+    }
+  }
+}
+
+// Blocks of eight packs of eight lanes, in three rounds: runs of four, of two, of one.
+template <typename Pack>
+struct Square {
+  // Lane r of the result is sum_of_lanes(rows[r]), to the bit.
+  SES_INLINE Pack sums_of_lanes(const Pack* rows) {
+    Pack half[4], quarter[2];
+    for (int r = 0; r < 4; ++r) half[r] = sum_runs<4>(rows[r], rows[r + 4]);
+    for (int r = 0; r < 2; ++r) quarter[r] = sum_runs<2>(half[r], half[r + 2]);
+    return sum_runs<1>(quarter[0], quarter[1]);
+  }
+
+  // to[c] lane r = from[r] lane c
+  SES_INLINE void transpose(const Pack* from, Pack* to) {
+    Pack half[8], quarter[4];
+    for (int r = 0; r < 4; ++r) split_runs<4>(from[r], from[r + 4], half[r], half[r + 4]);
+    for (int s = 0; s < 8; s += 4) {
+      for (int r = 0; r < 2; ++r)
+        split_runs<2>(half[s + r], half[s + r + 2], quarter[r], quarter[r + 2]);
+      for (int r = 0; r < 4; r += 2)
+        split_runs<1>(quarter[r], quarter[r + 1], to[s + r], to[s + r + 1]);
+    }
+  }
+
+ private:
+  template <int kRun>
+  SES_INLINE Pack sum_runs(const Pack& a, const Pack& b) {
+    Pack first, second;
+    split_runs<kRun>(a, b, first, second);
+    return first + second;
+  }
+};
+
+#else
+
+// Blocks of eight packs of eight lanes, through memory: this compiler can not be told how to
+// shuffle registers.
 template <typename Pack>
 struct Square {
   using Scalar = typename Pack::Scalar;
 
-  // Lane r of the result is sum_of_lanes(rows[r]), to the bit.
+  // Lane r of the result is sum_of_lanes(rows[r]).
   SES_INLINE Pack sums_of_lanes(const Pack* rows) {
     Scalar sum[kPanelColumns];
     for (int r = 0; r < kPanelColumns; ++r) sum[r] = sum_of_lanes(rows[r]);
@@ -263,60 +358,6 @@ struct Square {
   }
 };
 
-#if defined(__AVX512F__) && defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-template <>
-struct Square<PackOf<double, 64, 1>> {
-  using Pack = PackOf<double, 64, 1>;
-  using Vec = Pack::Vec;
-
-  // The halves, quarters and eighths of a and b side by side: three rounds transpose a block.
-  SES_INLINE Vec low4(Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
-  }
-  SES_INLINE Vec high4(Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-  SES_INLINE Vec low2(Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-  }
-  SES_INLINE Vec high2(Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  SES_INLINE Vec low1(Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
-  }
-  SES_INLINE Vec high1(Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-  }
-
-  SES_INLINE Pack sums_of_lanes(const Pack* rows) {
-    Vec half[4], quarter[2];
-    for (int r = 0; r < 4; ++r)
-      half[r] = low4(rows[r].r[0], rows[r + 4].r[0]) + high4(rows[r].r[0], rows[r + 4].r[0]);
-    for (int r = 0; r < 2; ++r)
-      quarter[r] = low2(half[r], half[r + 2]) + high2(half[r], half[r + 2]);
-    return {{low1(quarter[0], quarter[1]) + high1(quarter[0], quarter[1])}};
-  }
-
-  SES_INLINE void transpose(const Pack* from, Pack* to) {
-    Vec half[8], quarter[8];
-    for (int r = 0; r < 4; ++r) {
-      half[r] = low4(from[r].r[0], from[r + 4].r[0]);
-      half[r + 4] = high4(from[r].r[0], from[r + 4].r[0]);
-    }
-    for (int s = 0; s < 8; s += 4)
-      for (int r = s; r < s + 2; ++r) {
-        quarter[r] = low2(half[r], half[r + 2]);
-        quarter[r + 2] = high2(half[r], half[r + 2]);
-      }
-    for (int r = 0; r < 8; r += 2) {
-      to[r].r[0] = low1(quarter[r], quarter[r + 1]);
-      to[r + 1].r[0] = high1(quarter[r], quarter[r + 1]);
-    }
-  }
-};
-#endif
 #endif
 
 // Block (row, column) of a symmetric matrix and its mirror image, to out [n, n].
