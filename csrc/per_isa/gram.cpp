@@ -381,6 +381,15 @@ long backward_bytes(long n) {
   return (by_samples > by_features ? by_samples : by_features) * static_cast<long>(sizeof(Pack));
 }
 
+// Eight numbers in registers no wider than they are.
+template <typename Number>
+constexpr int kPanelRowBytes =
+    kPanelColumns * sizeof(Number) < kRegisterBytes ? kPanelColumns * sizeof(Number)
+                                                    : kRegisterBytes;
+template <typename Number>
+using PanelRow =
+    PackOf<Number, kPanelRowBytes<Number>, kPanelColumns * sizeof(Number) / kPanelRowBytes<Number>>;
+
 // A tile of sums to the samples' type, `first` on.
 template <typename Pack, int kWidth>
 SES_INLINE void store_rows(const Pack (&sum)[kTileRows][kWidth], void* out, SampleType type,
@@ -416,20 +425,12 @@ void backward(const Number* m, const Samples& samples, const Standard<Number>& s
     Pack* right = static_cast<Pack*>(workspace);  // [tile panels, n] Xs
     Number* left =
         reinterpret_cast<Number*>(right + kTilePanels * n);  // [row panels, n, 8] coefficient M
-    for (long b = 0; b < row_panels; ++b) {
-      const long inside = n - b * kPanelColumns;
+    using Row = PanelRow<Number>;
+    for (long b = 0; b < row_panels; ++b)
       for (long k = 0; k < n; ++k) {
-        const Number* from = m + k * n + b * kPanelColumns;
-        Number row[kPanelColumns] =
-            {};  // a copy: from and to might overlap, as far as the compiler knows
-        if (inside >= kPanelColumns)
-          __builtin_memcpy(row, from, sizeof(row));
-        else
-          for (int i = 0; i < inside; ++i) row[i] = from[i];
-        for (Number& value : row) value *= coefficient;
-        __builtin_memcpy(left + (b * n + k) * kPanelColumns, row, sizeof(row));
+        const Row row = load<Row>(m + k * n + b * kPanelColumns, n - b * kPanelColumns);
+        store(Row::broadcast(coefficient) * row, left + (b * n + k) * kPanelColumns);
       }
-    }
     const long begin = column_panels * part / parts, end = column_panels * (part + 1) / parts;
     for_widths(static_cast<int>(end - begin), [&](int c, auto width) {
       constexpr int kWidth = decltype(width)::value;
