@@ -33,6 +33,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512"] = (
         "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c -mprefer-vector-width=512"
     )
+# GCC, from 12 on, copies two registers of 32 bytes by 16 without it, and then waits to read them.
+MOVE_BY_32 = "-mmove-max=256"
 
 
 class UnavailableError(Exception):
@@ -104,6 +106,11 @@ def find_cxx():
     raise UnavailableError("no C++ compiler")
 
 
+def accepts(cxx, flag):
+    command = [*cxx.split(), flag, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def escape(path):
     return re.sub(r"([$: ])", r"$\1", str(path))
 
@@ -157,6 +164,8 @@ def ninja_file(output, nvcc, archs):
             compile_("nvcc", f"{source}.cu", source)
     x86 = "-DSES_X86" if len(ISA_FLAGS) > 1 else ""
     for isa, flags in ISA_FLAGS.items():
+        if isa == "avx2" and accepts(cxx, MOVE_BY_32):
+            flags = f"{flags} {MOVE_BY_32}"
         for name in ("eigh", "gram", "rational"):
             define = f"-DSES_ISA={isa} {x86}"
             compile_("cxx", f"per_isa/{name}.cpp", f"{name}_{isa}", f"{define} {flags}")
