@@ -628,6 +628,38 @@ def test_an_encoder_and_a_decoder_have_masks_of_their_own():
             assert reg.entropies[name] == pytest.approx(entropy(matrix), abs=1e-5)
 
 
+def test_a_mask_of_other_tokens_is_said():
+    """One of spectrogram frames, say, of which a convolution makes half as many tokens."""
+    model, x = Masked(), torch.randn(N, 9, D)
+    with SESRegularizer(model, layers="linear") as reg:
+        model(x, attention_mask=torch.ones(N, 18))
+        with pytest.warns(UserWarning, match=r"attention_mask of shape \(\d+, 18\) is of no"):
+            reg.loss()
+    assert reg.entropies["linear"] == pytest.approx(entropy(model(x).mean(1)), abs=1e-5)
+    with warnings.catch_warnings():  # once, and not where there are no tokens to average
+        warnings.simplefilter("error")
+        for pool in ("none", "cls"):
+            with SESRegularizer(model, layers="linear", pool=pool) as reg:
+                model(x, attention_mask=torch.ones(N, 18))
+                reg.loss()
+
+
+def test_a_mask_of_one_model_of_two_is_its_own():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text, self.image = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x, y, attention_mask=None):
+            return self.text(x).mean(1) + self.image(y).mean(1)
+
+    model, mask = Both(), torch.arange(9)[None] < torch.arange(N)[:, None] % 9 + 1
+    with warnings.catch_warnings(), SESRegularizer(model, layers=["text", "image"]) as reg:
+        warnings.simplefilter("error")
+        model(torch.randn(N, 9, D), torch.randn(N, 16, D), attention_mask=mask)
+        reg.loss()
+
+
 def test_masked_needs_a_mask():
     with pytest.raises(ValueError, match='linear: pool="masked" found no mask'):
         measure(Masked(), torch.randn(N, 9, D), layers="linear", pool="masked")

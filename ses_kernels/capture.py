@@ -43,6 +43,7 @@ class Layer:
         self.shape: tuple[int, ...] = ()  # of its last output, () before it
         self.layout: layout.Layout | None = None
         self.mask = ""  # the name of the mask that was used
+        self.misfits: dict[str, tuple[int, ...]] = {}  # shapes of the masks that did not fit
         self.doubt = ""
         self._decided: tuple = (), None  # what the layout was decided from, and the layout
 
@@ -137,6 +138,7 @@ class Layer:
 
     def _mask(self, found: layout.Layout, kwargs, called) -> tuple[str, Tensor | None]:
         """The name of the mask of padding that fits the tokens, and the mask (N, T)."""
+        self.misfits = {}
         averages = self.kind in ("heads", "similarity") or self.pool in ("mean", "masked")
         if self.kind == "weights" or not averages or len(self.shape) != 3 or found.windows > 1:
             return "", None
@@ -149,6 +151,7 @@ class Layer:
                 continue
             if tuple(mask.shape) == wanted:
                 return name, mask
+            self.misfits[name] = tuple(mask.shape)
         return "", None
 
     def decision(self) -> tuple[tuple[int, ...] | None, str | None, str | None]:

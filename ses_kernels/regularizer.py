@@ -313,6 +313,20 @@ class SESRegularizer:
         present = set() if root is None else {id(module) for module in root.modules()}
         return [layer.key for layer in absent if id(layer.module()) not in present]
 
+    def _say_what_masks_are_unused(self) -> None:
+        """A mask may be of some layers' tokens and not of others'; one of none's is a doubt."""
+        used = {layer.mask for layer in self._layers.values()}
+        for layer in self._layers.values():
+            for name, shape in layer.misfits.items():
+                if name not in used:
+                    self._once.say(
+                        name,
+                        f"{name} of shape {shape} is of no measured layer's tokens, "
+                        f"{layer.key} put out {layer.shape}: padding counts as the rest. "
+                        "pool= may be a function that leaves it out; of layers whose tokens the "
+                        "mask does not describe, this is as it should be",
+                    )
+
     def _penalty(self, features: list[capture.Entry], step: int) -> Tensor:
         weight = options.at(self.lambda_ses, step, "lambda_ses")
         if not weight:
@@ -322,6 +336,7 @@ class SESRegularizer:
             more = ", ".join(layer.key for layer in doubts[1:])
             more = f". The same holds for {more}" if more else ""
             self._once.say("doubt", f"{doubts[0].doubt}{more}")
+        self._say_what_masks_are_unused()
         self._look_at(features, step)
         matrices = [(key, m) for key, x in features for m in (x.unbind() if x.dim() == 3 else (x,))]
         calls = Counter(key for key, _ in matrices)
