@@ -24,7 +24,7 @@ def is_readable(xs: Sequence[Tensor], *others: Tensor) -> bool:
     if ops.EXTENSION_MISSING or not is_plain_cpu((*xs, *others)):
         return False
     dtype = xs[0].dtype
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in ops.NAMES:
         return False
     for x in xs:  # noqa: SIM110 # a generator would take another microsecond
         if x.dtype != dtype or x.dim() > 3 or x.stride(-1) != 1:
@@ -58,7 +58,9 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """H of all xs, one after the other, in this shape; and the tensor for :func:`gradients`."""
     places = _places(xs, center, gradient)
-    h, saved = xs[0].new_empty(shape), xs[0].new_empty(places[-1][-1])
+    compute = ops.widened(xs[0])
+    h = xs[0].new_empty(shape, dtype=compute)
+    saved = xs[0].new_empty(places[-1][-1], dtype=compute)
     itemsize, at, h_at = h.element_size(), saved.data_ptr(), h.data_ptr()
     layers = []
     for x, (layout, by_samples, b, _, m, location, scale, _) in zip(xs, places, strict=True):
@@ -67,7 +69,7 @@ def solve(
         m_at = at + m * itemsize if gradient else 0
         layers.append((samples, by_samples, location_at, at + scale * itemsize, h_at, m_at))
         h_at += b * itemsize
-    poles = ops.poles(torch.float64, h.dtype)
+    poles = ops.poles(torch.float64, compute)
     ops._C.rational_from_samples_cpu(layers, itemsize, poles, torch.get_num_threads())
     return h.clamp_min_(0), saved  # rounding and poles go below, on a single direction
 
