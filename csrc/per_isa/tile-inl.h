@@ -246,37 +246,24 @@ SES_INLINE typename Pack::Scalar sum_of_lanes(Pack a) {
 
 #if defined(SES_SHUFFLES)
 
-// Of each pair of neighbouring runs of kRun lanes the first, of a and of b in turn; or the second.
-template <int kRun, typename Vec>
-SES_INLINE Vec first_runs(Vec a, Vec b) {
-  static_assert(sizeof(a[0]) == sizeof(double), "");
-  if constexpr (sizeof(Vec) == 64 && kRun == 4)
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
-  else if constexpr (sizeof(Vec) == 64 && kRun == 2)
-    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-  else if constexpr (sizeof(Vec) == 64)
-    return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
-  else if constexpr (sizeof(Vec) == 32 && kRun == 2)
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5);
-  else if constexpr (sizeof(Vec) == 32)
-    return __builtin_shufflevector(a, b, 0, 4, 2, 6);
-  else
-    return __builtin_shufflevector(a, b, 0, 2);
-}
-template <int kRun, typename Vec>
-SES_INLINE Vec second_runs(Vec a, Vec b) {
-  if constexpr (sizeof(Vec) == 64 && kRun == 4)
-    return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-  else if constexpr (sizeof(Vec) == 64 && kRun == 2)
-    return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  else if constexpr (sizeof(Vec) == 64)
-    return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-  else if constexpr (sizeof(Vec) == 32 && kRun == 2)
-    return __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  else if constexpr (sizeof(Vec) == 32)
-    return __builtin_shufflevector(a, b, 1, 5, 3, 7);
-  else
-    return __builtin_shufflevector(a, b, 1, 3);
+template <int... kLane>
+struct Lanes {};
+template <int kBytes>
+struct LanesOf;
+template <>
+struct LanesOf<64> : Lanes<0, 1, 2, 3, 4, 5, 6, 7> {};
+template <>
+struct LanesOf<32> : Lanes<0, 1, 2, 3> {};
+template <>
+struct LanesOf<16> : Lanes<0, 1> {};
+
+// Of every two neighbouring runs of kRun lanes the first (kWhich = 0) or the second (1): that of a,
+// then that of b.
+template <int kRun, int kWhich, typename Vec, int... kLane>
+SES_INLINE Vec take_runs(Vec a, Vec b, Lanes<kLane...>) {
+  constexpr int kLanes = sizeof...(kLane);
+  return __builtin_shufflevector(
+      a, b, (kLane % (2 * kRun) < kRun ? kLane : kLanes + kLane - kRun) + kWhich * kRun...);
 }
 
 // The same of packs: whole registers where a run is one or more.
@@ -286,8 +273,8 @@ SES_INLINE void split_runs(const Pack& a, const Pack& b, Pack& first, Pack& seco
   constexpr int kEach = kRun * kRegisters / Pack::kLanes;  // registers of a run
   if constexpr (kEach == 0) {
     for (int i = 0; i < kRegisters; ++i) {
-      first.r[i] = first_runs<kRun>(a.r[i], b.r[i]);
-      second.r[i] = second_runs<kRun>(a.r[i], b.r[i]);
+      first.r[i] = take_runs<kRun, 0>(a.r[i], b.r[i], LanesOf<sizeof(a.r[i])>());
+      second.r[i] = take_runs<kRun, 1>(a.r[i], b.r[i], LanesOf<sizeof(a.r[i])>());
     }
   } else {
     for (int i = 0; i < kRegisters; ++i) {
