@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import accuracy
+from bench import accuracy, large
 from bench.bench_sweep import FIXED_BATCHES, FIXED_SIZES
 from bench.bench_training import BY_ITSELF, PLAIN, SES
 from bench.host import REGISTER_BYTES
@@ -106,6 +106,8 @@ def table(rows: list[Row]) -> str:
     Ours in milliseconds, the others as their time over ours in the same round: median (quartiles),
     or of several runs the median of their medians (least-largest).
     """
+    if any(row.get("mode") == large.MODE for row in rows):
+        return f"## Two long sides: errors of gradient / H\n\n{large.table(rows)}"
     if errors := [row for row in rows if "family" in row]:
         return f"## Errors on hard spectra\n\n{accuracy.table(errors)}"
     timed = [row for row in rows if "seconds" in row]
@@ -361,7 +363,9 @@ def write(results: Path) -> None:
     rows = json.loads(results.read_text())["rows"]
     made = text(rows)
     results.with_suffix(".md").write_text(made)
-    if shapes := [row for row in rows if row.get("mode", "training") != "training"]:
+    if any(row.get("mode") == large.MODE for row in rows):
+        large.plot(rows, results.with_suffix(".png"))
+    elif shapes := [row for row in rows if row.get("mode", "training") != "training"]:
         plot(shapes, results.with_suffix(".png"))
     print(made, end="")
 

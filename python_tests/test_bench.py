@@ -18,7 +18,17 @@ import mpmath
 import pytest
 import torch
 
-from bench import accuracy, bench_solvers, bench_sweep, crossover, host, provenance, report
+from bench import (
+    accuracy,
+    bench_solvers,
+    bench_sweep,
+    crossover,
+    host,
+    large,
+    provenance,
+    report,
+    slq,
+)
 from bench.providers import Provider, io_bytes, io_floor, providers
 from bench.shapes import SHAPES
 from bench.timing import paired, paired_ratios, peak_bytes
@@ -300,6 +310,68 @@ def test_accuracy_command_writes_complete_rows(
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + len(accuracy.FAMILIES)
     assert all(line.count("|") == 2 + len(accuracy.ROUTES) for line in table)
+
+
+@pytest.mark.parametrize("family", large.FAMILIES)
+def test_reference_of_large_matrices(family: str) -> None:
+    x = large.FAMILIES[family](48, 48, torch.Generator().manual_seed(0)).float()
+    for actual, wanted in zip(large.reference(x), accuracy.reference(x), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9 * wanted.norm().item())
+
+
+@pytest.mark.parametrize("deflated", [0, 4])
+def test_stochastic_estimate_is_unbiased(deflated: int) -> None:
+    """With all Lanczos steps that there are, only the probes are left to converge."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 20, generator=generator, dtype=torch.float64) ** 3
+    x[3] = x[0]  # the Krylov spaces are exhausted a step earlier
+    h, g = accuracy.reference(x)
+    many = slq.estimate(x, 20_000, 11, generator, deflated)
+    assert many.standard_error < 0.01
+    assert abs(many.entropy - h) < 4 * many.standard_error
+    assert (many.gradient - g).norm() < 1.5 * (20 / 20_000) ** 0.5 * g.norm()
+    few = [slq.estimate(x, 4, 11, generator, deflated) for _ in range(200)]
+    values = torch.stack([each.entropy for each in few])
+    claimed = torch.stack([each.standard_error for each in few]).square().mean().sqrt()
+    assert claimed == pytest.approx(values.std().item(), rel=0.3)
+    assert abs(values.mean() - h) < 4 * claimed / 200**0.5
+    mean = torch.stack([each.gradient for each in few]).mean(0)
+    assert (mean - g).norm() < 1.5 * (20 / 800) ** 0.5 * g.norm()
+
+
+def test_large_command_writes_complete_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(large, "RANKS", (30,))
+    monkeypatch.setattr(large, "PROBES", (4, 16))
+    results = tmp_path / "rows.json"
+    command = ["large", "--sizes", "60", "--budget", "0", "--output", str(results)]
+    monkeypatch.setattr(sys, "argv", command)
+    large.main()
+    table = capsys.readouterr().out.splitlines()
+    rows = json.loads(results.read_text())["rows"]
+    methods = {(row["curve"], row["point"]) for row in rows}
+    assert len(methods) == 4 + 1 + 3 * 2
+    assert len(rows) == len(methods) * len(large.FAMILIES)
+    assert {"device", "threads", "versions", "commit", "dirty", "date", "entropy"} <= rows[0].keys()
+    assert all(row["rounds"] == 1 and row["seconds"][1] > 0 for row in rows)
+    errors = {(row["curve"], row["point"], row["family"]): row for row in rows}
+    for family in large.FAMILIES:
+        exact = errors[large.BASE, "", family]
+        assert exact["gradient"] < (1e-4 if family == "Gaussian" else 0.05)
+        assert exact["standard_error"] is None
+        value_alone = errors["rational, H alone", "", family]
+        assert value_alone["gradient"] is None
+        assert value_alone["value"] == pytest.approx(exact["value"], abs=1e-5)
+        stochastic = errors["SLQ, 30 steps", "16 probes", family]
+        assert stochastic["gradient"] > 0.5  # unbiased, but of rank 16
+        assert stochastic["value"] < 5 * stochastic["standard_error"]
+    assert 1e-6 < errors["lowrank", "rank 30", "i^-2"]["gradient"] < 1e-2
+    assert len(table) == 2 + len(methods)
+    assert all(line.count("|") == 4 + len(large.FAMILIES) for line in table)
+    report.write(results)
+    assert "\n".join(table) in capsys.readouterr().out
+    assert results.with_suffix(".png").stat().st_size > 1000
 
 
 @measures_the_extension
