@@ -33,7 +33,7 @@ def batch_of(batch: int, n: int) -> Shape:
 
 
 def affordable(batch: int, n: int) -> bool:
-    """Whether torch.linalg.eigh of the batch takes less than about a second on two cores."""
+    """Whether it is one matrix, or two cores need less than a second for torch.linalg.eigh."""
     return batch == 1 or batch * n**3 <= 1 << 30
 
 
