@@ -6,7 +6,7 @@ them. A call's errors are taken from its timed result, and the signs of the esti
 for each: its errors are medians over the rounds.
 
 What to look for: a gradient right to 1 % in less time than "rational" takes. A gradient of zeros
-has an error of 1. Ten minutes on two quiet cores, a third of them for the float64 references.
+has an error of 1. About nine minutes on two quiet cores, two of them for the float64 references.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N")
     parser.add_argument(
-        "--budget", type=float, default=2.0, help="seconds a method, size and family, or one round"
+        "--budget", type=float, default=1.0, help="seconds a method, size and family, or one round"
     )
     add_isa(parser)
     parser.add_argument("--output", type=Path, help="JSON rows, each with its provenance")

@@ -107,9 +107,10 @@ def table(rows: list[Row]) -> str:
     or of several runs the median of their medians (least-largest).
     """
     if any(row.get("mode") == large.MODE for row in rows):
-        return f"## Two long sides: errors of gradient / H\n\n{large.table(rows)}"
+        tables = {"Two long sides: errors of gradient / H": large.table(rows)}
+        return _titled(tables | _hosts(rows))
     if errors := [row for row in rows if "family" in row]:
-        return f"## Errors on hard spectra\n\n{accuracy.table(errors)}"
+        return _titled({"Errors on hard spectra": accuracy.table(errors)})
     timed = [row for row in rows if "seconds" in row]
     measured = over_runs(timed)
     tables = {"In short": short} if (short := in_short(measured)) else {}
@@ -122,9 +123,16 @@ def table(rows: list[Row]) -> str:
     tables |= {title: _table(part) for title, part in parts.items() if part}
     if steps := [row for row in measured if row["mode"] == "training"]:
         tables["A training step, without SES and with it"] = _training_table(steps)
-    if known := [row for row in timed if "loop_mean" in row]:
-        tables["How busy the host was"] = _table_of_hosts(known)
+    return _titled(tables | _hosts(timed))
+
+
+def _titled(tables: dict[str, str]) -> str:
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
+
+
+def _hosts(timed: list[Row]) -> dict[str, str]:
+    known = [row for row in timed if "loop_mean" in row]
+    return {"How busy the host was": _table_of_hosts(known)} if known else {}
 
 
 def text(rows: list[Row]) -> str:

@@ -14,6 +14,7 @@ ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "measured.png": "bench/results/amd-epyc.png",
+    "measured-large.png": "bench/results/amd-epyc-large.png",
     "mnist/beta_sweep.png": "examples/results/beta_sweep.png",
     "mnist/dynamics.png": "examples/results/dynamics.png",
     "mnist/pareto.png": "examples/results/pareto.png",
