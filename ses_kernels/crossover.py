@@ -34,9 +34,9 @@ MEASURED = {
         "device": "AMD EPYC",
         "threads": 2,
         "torch": "2.13.0+cpu",
-        "commit": "0183d8d2929457f9f6d213aa397a9b71029834ed",
+        "commit": "9ec5b8c15bb7da2261b2078ea0bcd7b4cf0cd538",
         "dirty": False,
-        "date": "2026-11-22",
+        "date": "2026-11-29",
     },
     "cuda": {
         "not measured": "the kernels up to their limits, for they never synchronise the host",
@@ -45,17 +45,17 @@ MEASURED = {
 
 # {largest n: smallest batch} between which the extension's eigh is the faster.
 EIGH = {
-    ("cpu", torch.float32): {32: 1, 80: 2, 112: 3, 128: 4},
-    ("cpu", torch.float64): {32: 1, 64: 2, 128: 3},
+    ("cpu", torch.float32): {48: 1, 80: 2, 128: 3},
+    ("cpu", torch.float64): {48: 1, 96: 2, 128: 3},
     ("cuda", torch.float32): {170: 1},
     ("cuda", torch.float64): {170: 1},
 }
 
 # {largest n = min(B, d): smallest batch} between which the rational solver is the faster.
 RATIONAL = {
-    ("cpu", torch.float32): {1536: 1},
-    ("cpu", torch.float64): {1536: 1},
-    ("cpu", torch.bfloat16): {1536: 1},
+    ("cpu", torch.float32): {4096: 1},
+    ("cpu", torch.float64): {4096: 1},
+    ("cpu", torch.bfloat16): {2048: 1},
     ("cuda", torch.float32): {256: 1},
     ("cuda", torch.float64): {},
     ("cuda", torch.bfloat16): {256: 1},
