@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
@@ -164,10 +165,15 @@ def _curves(experiment: Experiment, found: Mapping[str, Histories]) -> Figure:
     figure, panels = curves.grid(len(found))
     for panel, (label, histories) in zip(panels, found.items(), strict=True):
         curves.draw(panel, histories, styles, logarithmic="loss" in label)
-        panel.set_title(label, fontsize="small")
+        panel.set_title(_lines(label), fontsize="small")
         panel.tick_params(labelsize="x-small")
     _legend(figure)
     return figure
+
+
+def _lines(title: str) -> str:
+    """No wider than a panel: an objective is as long as its distiller and parameters."""
+    return textwrap.fill(title, 40, break_long_words=False, break_on_hyphens=False)
 
 
 def _legend(figure: Figure) -> None:

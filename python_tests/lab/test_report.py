@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import matplotlib.image
 import numpy as np
@@ -221,6 +222,18 @@ def test_a_loss_has_a_panel_of_its_own(folder, tmp_path):
     assert lines["training loss: cross_entropy"].keys() == {"a", "c"}
     assert lines["training loss: focal"].keys() == {"b"}
     assert lines["training loss: focal"]["b"] == lines["accuracy on the test set, %"]["b"]
+
+
+def test_titles_keep_to_their_panels(folder):
+    experiment = collect(folder / "periodic" / "smoke").experiment
+    label = "training loss: label_smoothing + rkd-angle=50-distance=25"
+    found = {label + " " * i: {"baseline": np.ones((2, 3))} for i in range(curves.ABREAST)}
+    figure = figures._curves(experiment, found)
+    figure.draw_without_rendering()
+    boxes = [panel.title.get_window_extent() for panel in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert boxes[0].x0 > 0
+    assert boxes[-1].x1 < figure.bbox.x1
 
 
 @pytest.mark.parametrize(("losses", "scale"), [([100, 2, 1], "log"), ([3, 2, 1], "linear")])
