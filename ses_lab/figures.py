@@ -90,7 +90,9 @@ def _draw(experiment: Experiment, panel: Axes, points: Mapping[str, tuple[float,
     if not swept:
         means, errors = zip(*points.values(), strict=True)
         panel.errorbar(range(len(points)), means, errors, fmt="o", capsize=3)
-        panel.set_xticks(range(len(points)), [*points], rotation=45, ha="right")
+        aslant = {"rotation": 45, "ha": "right"}
+        upright = {"rotation": 90}  # many would run into each other, as those of a grid
+        panel.set_xticks(range(len(points)), [*points], **aslant if len(points) <= 8 else upright)
         panel.margins(x=0.2)
         return
     means, errors = zip(*(points[v] for v in swept), strict=True)

@@ -236,6 +236,20 @@ def test_titles_keep_to_their_panels(folder):
     assert boxes[-1].x1 < figure.bbox.x1
 
 
+def test_names_of_many_variants_do_not_overlap(folder):
+    experiment = collect(folder / "periodic" / "smoke").experiment
+    experiment = experiment.model_copy(update={"sweep": None})
+    figure, panels = curves.grid(curves.ABREAST)
+    for panel in panels:
+        panel.tick_params(labelsize="x-small")
+        points = {f"narrow+digits {i}": (i, 1.0) for i in range(16)}
+        figures._draw(experiment, panel, points)
+    figure.draw_without_rendering()
+    boxes = [tick.get_window_extent() for tick in panels[0].get_xticklabels()]
+    assert len(boxes) == 16
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
 @pytest.mark.parametrize(("losses", "scale"), [([100, 2, 1], "log"), ([3, 2, 1], "linear")])
 def test_a_first_epoch_does_not_spoil_the_scale(losses, scale):
     ended_early = np.array([losses, [*losses[:2], np.nan]], float)
