@@ -197,6 +197,38 @@ def test_fused_attention_has_no_weights():
         reg.loss()
 
 
+class SoftmaxAttention(nn.Module):
+    """Nothing drops out the weights, and ``softmax`` makes them, a module or a function."""
+
+    def __init__(self, softmax):
+        super().__init__()
+        self.qkv, self.proj, self.softmax = nn.Linear(D, 3 * D), nn.Linear(D, D), softmax
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        self.weights = self.softmax(q @ k.mT / math.sqrt(D / HEADS))
+        return self.proj((self.weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_attention_weights_out_of_a_softmax():
+    model = Vit()
+    for block in model.blocks:
+        block.attn = SoftmaxAttention(nn.Softmax(-1))
+    reg, _ = run(model, images(), layers="attention_weights")
+    assert reg.layers == tuple(f"blocks.{i}.attn:weights" for i in range(3))
+    for block, h in zip(model.blocks, reg.entropies.values(), strict=True):
+        assert h == pytest.approx(entropy(block.attn.weights.mean(2).flatten(1)), abs=1e-5)
+
+
+def test_features_are_not_taken_for_attention_weights():
+    model = Vit(depth=2)
+    for block in model.blocks:
+        block.attn = SoftmaxAttention(lambda x: x.softmax(-1))
+    SESRegularizer(model, layers="attention_weights")
+    with pytest.raises(ValueError, match=r"attn:weights: SoftmaxAttention puts out no.*nn.Softmax"):
+        model(images())
+
+
 class Attends(nn.Module):
     def __init__(self, **call):
         super().__init__()

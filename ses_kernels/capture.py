@@ -19,7 +19,7 @@ HOW_TO_GET_WEIGHTS = (
     "Attention weights are put out by nn.MultiheadAttention called with need_weights=True, "
     "average_attn_weights=False (torch's encoder layers call it without); in transformers with "
     'attn_implementation="eager"; in timm with fused_attn off, timm.layers.set_fused_attn(False) '
-    "before the model is made"
+    "before the model is made; in attention of one's own by an nn.Softmax"
 )
 
 
@@ -122,9 +122,12 @@ class Layer:
         return found
 
     def _weights(self, output) -> Tensor:
-        """The attention weights: the last tensor (N, heads, T, T) or (N, T, T) behind the first."""
+        """The attention weights (N, heads, T, T) or (N, T, T).
+
+        Beside the features they are the last such tensor behind the first, which is the features.
+        """
         x: Tensor | None
-        if self.select is not None or isinstance(output, Tensor):
+        if self.select is not None or self.takes != "beside":
             x = pooling.select(output, self.select, self.key)
         else:
             behind = output[1:] if isinstance(output, (tuple, list)) else ()

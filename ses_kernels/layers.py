@@ -32,7 +32,8 @@ class Hook(NamedTuple):
     key: str
     name: str  # of the layer
     module: nn.Module  # the hook is on this one: the layer or a part of it
-    takes: str = "output"  # "output" or "input" of that module
+    # "output" or "input" of that module, or "beside": what its output has behind the features
+    takes: str = "output"
     kind: str = "features"  # "features", "heads", "similarity" or "weights"
     heads: int = 1
 
@@ -224,8 +225,13 @@ def _heads(name: str, modules, target: str) -> Hook:
 
 
 def _weights(name: str, modules) -> Hook:
-    """timm's attention drops out its weights by a module; others put them out."""
-    dropped = modules.get(f"{name}.attn_drop")
-    if dropped is not None and not isinstance(unwrap(modules[name]), nn.MultiheadAttention):
-        return Hook(f"{name}:weights", name, dropped, "input", "weights")
-    return Hook(f"{name}:weights", name, modules[name], "output", "weights")
+    """Into a dropout of their own (timm), out of a softmax that is a module, or put out beside."""
+    key, attention = f"{name}:weights", modules[name]
+    if not isinstance(unwrap(attention), nn.MultiheadAttention):
+        if (dropped := modules.get(f"{name}.attn_drop")) is not None:
+            return Hook(key, name, dropped, "input", "weights")
+        inner = [m for n, m in modules.items() if _inside(n, [name])]
+        softmax = [m for m in inner if isinstance(unwrap(m), nn.Softmax)]
+        if len(softmax) == 1:
+            return Hook(key, name, softmax[0], "output", "weights")
+    return Hook(key, name, attention, "beside", "weights")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ses_kernels import SESRegularizer
+from ses_kernels.reference import spectral_entropy
 from ses_lab import networks
 from ses_lab.models import MODELS, build, outputs
 
@@ -350,11 +351,20 @@ def test_attention_weights_on_request():
     explicit.load_state_dict(fused.state_dict())
     seen = []
     explicit.blocks[1].attn.softmax.register_forward_hook(lambda m, i, out: seen.append(out))
-    x = torch.rand(3, 1, 8, 8)
+    x = torch.rand(32, 1, 8, 8)
     torch.testing.assert_close(explicit(x), fused(x))
     (weights,) = seen
-    assert weights.shape == (3, 2, 5, 5)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 5))
+    assert weights.shape == (32, 2, 5, 5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(32, 2, 5))
+    # and what SES takes for them are these
+    regularizer = SESRegularizer(explicit.train(), layers="attention_weights", hook_last_n=1)
+    explicit(x)
+    regularizer.loss()
+    expected = spectral_entropy(weights.mean(2).flatten(1)).item()
+    assert regularizer.entropies == {"blocks.1.attn:weights": pytest.approx(expected, abs=1e-4)}
+    SESRegularizer(fused.train(), layers="attention_weights")
+    with pytest.raises(ValueError, match=r"blocks.0.attn:weights: Attention puts out no"):
+        fused(x)
 
 
 def test_importable_model():
