@@ -164,7 +164,7 @@ def test_readme_has_the_measured_figures() -> None:
     assert len(chosen) >= 6
     assert "\n".join(chosen) in README
     paper = tables["paper / ours, by instruction set"]
-    low, high = re.search(r"256 x 2048 \| \S+ \((\d+)-(\d+)\)", paper).groups()
+    low, high = re.search(r"256 x 2048 \| \S+ \(([\d.]+)-([\d.]+)\)", paper).groups()
     assert f"takes {low} to {high} times as long as ours at 256 x 2048" in " ".join(README.split())
     rows = json.loads((results / "amd-epyc-training.json").read_text())["rows"]
     shares = [row["over plain step"][1] for row in rows if row["provider"] == report.BY_ITSELF]
