@@ -239,6 +239,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     sizes, families, curves = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("n", "family", "curve")
@@ -253,6 +254,9 @@ def plot(rows: list[dict], path: Path) -> None:
         line[0].set_ylabel(f"{family}\n{label}")
         for panel, n in zip(line, sizes, strict=True):
             panel.set(xscale="log", yscale="log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))  # it may be a decade or less
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.axhline(0.01, color="grey", linestyle=":")
             panel.grid(alpha=0.3)
             found = [r for r in rows if (r["n"], r["family"]) == (n, family)]
