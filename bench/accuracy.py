@@ -15,16 +15,13 @@ where one direction has all the variance: at collapse 1e-6 and rank 1 the exact 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
-from bench.provenance import add_isa, provenance
+from bench.provenance import add_isa, add_output, with_commit, write
 from bench.providers import Provider, gram_closed, ours, svdvals
 
 SHAPES = [(64, 128), (128, 256), (256, 512), (512, 96)]
@@ -103,9 +100,7 @@ def errors(route: Provider, x: Tensor) -> tuple[float, float]:
 
 def measure(device: str, shapes: list[tuple[int, int]], seeds: int) -> list[dict]:
     """A row for each family and route: the worst over shapes and seeds."""
-    commit = get_commit_info()
-    facts = {"dtype": "float32", "shapes": shapes, "seeds": seeds}
-    facts |= {"commit": commit["id"], "dirty": commit["dirty"], **provenance(device)}
+    facts = {"dtype": "float32", "shapes": shapes, "seeds": seeds, **with_commit(device)}
     rows = []
     for family, make in FAMILIES.items():
         generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
@@ -138,12 +133,11 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=SEEDS)
     add_isa(parser)
-    parser.add_argument("--output", type=Path, help="JSON rows, each with its provenance")
+    add_output(parser)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = measure(device, options.shapes, options.seeds)
-    if options.output:
-        options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    write(rows, options.output)
     print(table(rows))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pytest_benchmark.utils import get_commit_info
 
-from bench.provenance import provenance
+from bench.provenance import add_output, with_commit, write
 from bench.providers import Provider, ours
 from bench.shapes import affordable, batch_of
-from bench.timing import Call, cpu_clock, cuda_clock, paired, paired_ratios
+from bench.timing import Call, clock_of, paired, paired_ratios
 from ses_kernels import crossover, ops
 
 TABLE_FILE = Path(crossover.__file__)
@@ -82,8 +80,7 @@ def measure(device: str, budget: float) -> list[dict]:
 
     The tables in memory follow.
     """
-    commit = get_commit_info()
-    facts = {"commit": commit["id"], "dirty": commit["dirty"], **provenance(device)}
+    facts = with_commit(device)
     facts["date"] = datetime.now(timezone.utc).date().isoformat()
     rows = []
     for name, decision in DECISIONS.items():
@@ -105,7 +102,7 @@ def measure(device: str, budget: float) -> list[dict]:
 def _ratios(
     decision: Decision, device: str, dtype: torch.dtype, budget: float
 ) -> dict[tuple[int, int], list[float]]:
-    clock = cuda_clock if device == "cuda" else cpu_clock
+    clock = clock_of(device)
     ratios = {}
     for n, batch in itertools.product(decision.sizes, decision.batches):
         calls = decision.calls(device, dtype, n, batch) if affordable(batch, n) else {}
@@ -191,14 +188,13 @@ def report(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--budget", type=float, default=0.1, help="seconds a call and size")
-    parser.add_argument("--output", type=Path, help="JSON rows, each with its provenance")
+    add_output(parser)
     options = parser.parse_args()
     if ops.EXTENSION_MISSING:
         parser.error(f"nothing to choose from: {ops.EXTENSION_MISSING}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = measure(device, options.budget)
-    if options.output:
-        options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    write(rows, options.output)
     print(report(rows))
     TABLE_FILE.write_text(source(TABLE_FILE.read_text()))
     print(f"\nWritten: {TABLE_FILE}")

@@ -12,7 +12,6 @@ has an error of 1. About nine minutes on two quiet cores, two of them for the fl
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,13 +20,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
 from bench import accuracy, host, slq
-from bench.provenance import add_isa, provenance
+from bench.provenance import add_isa, add_output, with_commit, write
 from bench.providers import gram_closed, ours
-from bench.timing import Clock, cpu_clock, cuda_clock, paired, paired_ratios, quartiles, rounded
+from bench.timing import Clock, clock_of, extent, paired, paired_ratios, quartiles, rounded, spread
 
 SIZES = (1536, 2048, 3072, 4096)
 RANKS = (32, 128, 512)
@@ -59,7 +57,11 @@ class Method:
 
     @property
     def name(self) -> str:
-        return f"{self.curve}, {self.point}" if self.point else self.curve
+        return _name(self.curve, self.point)
+
+
+def _name(curve: str, point: str) -> str:
+    return f"{curve}, {point}" if point else curve
 
 
 def _by_autograd(entropies: Callable[[list[Tensor]], Tensor], x: Tensor) -> slq.Estimate:
@@ -132,7 +134,7 @@ def _clock(
 ) -> Clock:
     """Of the call alone; its result goes to ``keep`` after that."""
     last: list[slq.Estimate] = []
-    timed = (cuda_clock if device == "cuda" else cpu_clock)(lambda: last.append(call()))
+    timed = clock_of(device)(lambda: last.append(call()))
 
     def seconds() -> float:
         value = timed()
@@ -144,9 +146,7 @@ def _clock(
 
 def measure(device: str, sizes: list[int], budget: float) -> list[dict]:
     """A row for each size, family and method: quartiles of its time, medians of its errors."""
-    commit = get_commit_info()
-    facts = {"mode": MODE, "dtype": "float32", **provenance(device)}
-    facts |= {"commit": commit["id"], "dirty": commit["dirty"]}
+    facts = {"mode": MODE, "dtype": "float32", **with_commit(device)}
     facts["date"] = datetime.now(timezone.utc).isoformat()
     chosen = methods(torch.Generator(device).manual_seed(0))
     smallest = _samples("Gaussian", min(sizes), device)
@@ -206,21 +206,17 @@ def table(rows: list[dict]) -> str:
         by_method: dict[str, dict[str, dict]] = {}
         for row in rows:
             if row["n"] == n:
-                name = f"{row['curve']}, {row['point']}" if row["point"] else row["curve"]
+                name = _name(row["curve"], row["point"])
                 by_method.setdefault(name, {})[row["family"]] = row
         titles = [f"n = {n}", "seconds", f"over {BASE}", *families]
         lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
         for name, by_family in by_method.items():
-            seconds = _range([row["seconds"][1] for row in by_family.values()])
-            ratio = _range([row[f"over {BASE}"][1] for row in by_family.values()])
+            seconds = spread(extent([row["seconds"][1] for row in by_family.values()]))
+            ratio = spread(extent([row[f"over {BASE}"][1] for row in by_family.values()]))
             cells = [_errors(by_family[family]) for family in families]
             lines.append(f"| {' | '.join([name, seconds, ratio, *cells])} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def _range(values: list[float]) -> str:
-    return f"{median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
 def _errors(row: dict) -> str:
@@ -296,12 +292,11 @@ def main() -> None:
         "--budget", type=float, default=1.0, help="seconds a method, size and family, or one round"
     )
     add_isa(parser)
-    parser.add_argument("--output", type=Path, help="JSON rows, each with its provenance")
+    add_output(parser)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = measure(device, options.sizes, options.budget)
-    if options.output:
-        options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    write(rows, options.output)
     print(table(rows))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 from ses_kernels import ops
 
@@ -63,3 +65,20 @@ def provenance(device: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+# ---- of commands that take their rows themselves, and not by pytest-benchmark ----
+
+
+def with_commit(device: str) -> dict[str, object]:
+    commit = get_commit_info()
+    return {"commit": commit["id"], "dirty": commit["dirty"], **provenance(device)}
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, help="JSON rows, each with its provenance")
+
+
+def write(rows: list[dict], output: Path | None) -> None:
+    if output:
+        output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

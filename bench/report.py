@@ -6,7 +6,6 @@ python -m bench.report bench/results/<device>.json, of which each run of python 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from bench.bench_sweep import FIXED_BATCHES, FIXED_SIZES
 from bench.bench_training import BY_ITSELF, PLAIN, SES
 from bench.host import REGISTER_BYTES
 from bench.measure import BASE
+from bench.timing import extent, spread
 
 Row = dict
 
@@ -74,12 +74,8 @@ def _over_runs(rows: list[Row]) -> Row:
     merged = last | {"runs": len(rows)}
     for field in ("seconds", f"over {BASE}"):
         medians = [row[field][1] for row in rows if row.get(field)]
-        merged[field] = _range(medians) if medians else None
+        merged[field] = extent(medians) if medians else None
     return merged
-
-
-def _range(values: list[float]) -> list[float]:
-    return [min(values), statistics.median(values), max(values)]
 
 
 def slowdowns(rows: list[Row]) -> list[float]:
@@ -157,7 +153,7 @@ def in_short(measured: list[Row]) -> str:
 def _over(row: Row) -> str:
     """Our time in that of the other: the median of a run; of several their median and range."""
     ratios = row[f"over {BASE}"]
-    return _spread(ratios) if "runs" in row else f"{ratios[1]:.3g}"
+    return spread(ratios) if "runs" in row else f"{ratios[1]:.3g}"
 
 
 def origin(rows: list[Row]) -> str:
@@ -185,7 +181,7 @@ def _table_by_isa(measured: list[Row], name: str) -> str:
     for (shape, _, _, clock, isa), by_name in _grouped(steps).items():
         line = SHAPES.get(shape, shape) + (f", {clock}" if clock != "wall" else "")
         if name in by_name and BASE in by_name:
-            by_shape.setdefault(line, {})[isa] = _spread(by_name[name][f"over {BASE}"])
+            by_shape.setdefault(line, {})[isa] = spread(by_name[name][f"over {BASE}"])
     lines = [[shape, *(cells.get(i, "-") for i in isas)] for shape, cells in by_shape.items()
              if len(cells) > 1]  # fmt: skip
     return _lines(["forward + backward", *isas], lines) if lines else ""
@@ -204,15 +200,10 @@ def _table_of_hosts(rows: list[Row]) -> str:
     return _lines(
         titles,
         (
-            [*run, *(_spread(_range(list(values))) for values in zip(*each, strict=True))]
+            [*run, *(spread(extent(list(values))) for values in zip(*each, strict=True))]
             for run, each in runs.items()
         ),
     )
-
-
-def _spread(values: list[float]) -> str:
-    low, median, high = values
-    return f"{median:.3g} ({low:.3g}-{high:.3g})"
 
 
 def _table(measured: list[Row]) -> str:
@@ -275,7 +266,7 @@ def _grouped(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
 
 
 def _milliseconds(row: Row) -> str:
-    return _spread([1e3 * value for value in row["seconds"]])
+    return spread([1e3 * value for value in row["seconds"]])
 
 
 def _ratio(row: Row | None, base: Row | None) -> str:

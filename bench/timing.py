@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -41,6 +42,10 @@ def cuda_clock(call: Call) -> Clock:
         return start.elapsed_time(end) * 1e-3
 
     return seconds
+
+
+def clock_of(device: str) -> Callable[[Call], Clock]:
+    return cuda_clock if device == "cuda" else cpu_clock
 
 
 def captured(call: Call) -> Call:
@@ -98,6 +103,16 @@ def quartiles(values: list[float]) -> list[float]:
         .quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
         .tolist()
     )
+
+
+def extent(values: list[float]) -> list[float]:
+    return [min(values), statistics.median(values), max(values)]
+
+
+def spread(values: list[float]) -> str:
+    """Of quartiles or an extent."""
+    low, median, high = values
+    return f"{median:.3g} ({low:.3g}-{high:.3g})"
 
 
 def rounded(values: list[float]) -> list[float]:
