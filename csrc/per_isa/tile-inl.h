@@ -320,13 +320,13 @@ struct Square {
 
 #else
 
-// Blocks of eight packs of eight lanes, through memory: this compiler can not be told how to
+// Blocks of eight packs of eight lanes, through memory: this compiler cannot be told how to
 // shuffle registers.
 template <typename Pack>
 struct Square {
   using Scalar = typename Pack::Scalar;
 
-  // Lane r of the result is sum_of_lanes(rows[r]).
+  // Lane r of the result is sum_of_lanes(rows[r]), to the bit.
   SES_INLINE Pack sums_of_lanes(const Pack* rows) {
     Scalar sum[kPanelColumns];
     for (int r = 0; r < kPanelColumns; ++r) sum[r] = sum_of_lanes(rows[r]);
